@@ -1,0 +1,65 @@
+"""The values that travel: what a call asks (AttentionSpec), why not (Reason), what was decided (Decision).
+
+All three are NamedTuples: the router builds a spec on every call and looks its decision up by it, and a
+NamedTuple is built and hashed several times faster than a frozen dataclass.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+Backend = Literal["fa4", "native"]
+MaskKind = Literal["none", "bool", "float"]
+
+
+class Reason(NamedTuple):
+    """Why a call was decided the way it was."""
+
+    code: str  # stable, snake_case: what stats() counts by
+    text: str  # one sentence with this call's numbers
+
+    def __str__(self) -> str:
+        return f"{self.text} [{self.code}]"
+
+
+class Decision(NamedTuple):
+    """Where a call goes. A refusal ("native") carries every reason, not the first one found."""
+
+    backend: Backend
+    reasons: tuple[Reason, ...]
+
+    @property
+    def routed(self) -> bool:
+        return self.backend == "fa4"
+
+    def __str__(self) -> str:
+        return f"{self.backend}: " + "; ".join(map(str, self.reasons))
+
+
+class AttentionSpec(NamedTuple):
+    """What one SDPA call asks for, without its tensors.
+
+    Sizes may be ``torch.SymInt`` while a graph is traced; such a spec does not hash and is decided uncached.
+    """
+
+    dtype: torch.dtype
+    batch: int
+    num_heads: int
+    num_heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    is_causal: bool = False
+    mask: MaskKind = "none"
+    dropout_p: float = 0.0
+    scale: float | None = None  # None: 1/sqrt(head_dim)
+    needs_grad: bool = False
+    deterministic: bool = False  # torch.are_deterministic_algorithms_enabled()
+    last_dim_contiguous: bool = True  # of query, key and value alike
+
+    @property
+    def qhead_per_kvhead(self) -> int:
+        return self.num_heads // self.num_heads_kv
