@@ -60,6 +60,35 @@ class AttentionSpec(NamedTuple):
     deterministic: bool = False  # torch.are_deterministic_algorithms_enabled()
     last_dim_contiguous: bool = True  # of query, key and value alike
 
-    @property
-    def qhead_per_kvhead(self) -> int:
-        return self.num_heads // self.num_heads_kv
+    @classmethod
+    def of(
+        cls,
+        query: torch.Tensor,  # (B, H, Sq, D)
+        key: torch.Tensor,  # (B, H_kv, Sk, D)
+        value: torch.Tensor,  # (B, H_kv, Sk, Dv)
+        mask: MaskKind = "none",
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        needs_grad: bool = False,
+    ) -> AttentionSpec:
+        """The spec of a call with these tensors. Their shapes must agree: check before, or let torch raise."""
+        batch, num_heads, seqlen_q, head_dim = query.shape
+        _, num_heads_kv, seqlen_k, head_dim_v = value.shape
+        return cls(
+            query.dtype,
+            batch,
+            num_heads,
+            num_heads_kv,
+            seqlen_q,
+            seqlen_k,
+            head_dim,
+            head_dim_v,
+            is_causal,
+            mask,
+            dropout_p,
+            scale,
+            needs_grad,
+            torch.are_deterministic_algorithms_enabled(),
+            query.stride(3) == key.stride(3) == value.stride(3) == 1,
+        )

@@ -1,0 +1,30 @@
+"""The kernel families: which one serves a device, and why one can't. Imports torch only."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..meta.spec import AttentionSpec, Reason
+from ..meta.target import Target
+
+# Compute capability × 10 → the folder with its kernels. A new family is a new folder and a line here.
+FAMILIES = {90: "sm90"}
+
+
+def family_of(target: Target) -> str | None:
+    """The name of the family that serves ``target``, None if there is none."""
+    if target.device_type == "cpu":
+        return "cpu"
+    if target.device_type == "cuda" and target.arch is not None:
+        return FAMILIES.get(target.arch)
+    return None
+
+
+def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
+    """Every reason why ``spec`` can't run on ``target``; empty if a kernel runs it."""
+    family = family_of(target)
+    if family is None:
+        where = f"{target.name or target.device_type}" + (f" (sm_{target.arch})" if target.arch else "")
+        return (Reason("no_kernel_family", f"no fa4 kernels for {where}"),)
+    config = import_module(f"{__name__}.{family}.config")
+    return (*target.missing, *config.unsupported(spec, target))
