@@ -23,7 +23,7 @@ from .. import kernels
 from ..kernels import launch
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
-from ..meta.spec import AttentionSpec, Reason
+from ..meta.spec import AttentionSpec
 from ..meta.target import Target
 
 # Revision of the autograd formula. Callers that trace pass it explicitly: compile caches on disk are keyed by the
