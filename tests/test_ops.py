@@ -37,8 +37,8 @@ def inputs(shape, dtype=torch.float32, requires_grad=False, device="cpu"):
     return [torch.randn(size, dtype=dtype, device=device, requires_grad=requires_grad) for size in sizes]
 
 
-def assert_within_bound(name, actual, expected, baseline):
-    excess = reference.excess(actual, expected, baseline)
+def assert_within_bound(name, actual, expected, baseline, floor=0.0):
+    excess = reference.excess(actual, expected, baseline, floor)
     assert excess <= 0, f"{name} is over the bound by {excess:.3g}; {reference.worst(actual, expected)}"
 
 
@@ -54,7 +54,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -1.0], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.3, 0.0, -0.3], ids=str)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_matches_math_in_fp64(shape, is_causal, scale):
@@ -85,7 +85,7 @@ def test_keeps_the_error_bound(shape, is_causal, dtype):
     baselines = torch.autograd.grad(baseline, (q, k, v), dout)
     references = torch.autograd.grad(expected, wide, dout.double())
     for name, got, want, base in zip(("dq", "dk", "dv"), grads, references, baselines, strict=True):
-        assert_within_bound(name, got, want, base)
+        assert_within_bound(name, got, want, base, floor=1e-5)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -168,12 +168,12 @@ def test_fake_is_exact_and_out_is_laid_out_like_torchs_flash(layout, dv):
             fake.dtype,
             fake.device,
         )
-    if dv == 16:
-        meta = torch.ops.aten._scaled_dot_product_flash_attention(*(x.to("meta") for x in (q, k, v)))
-        flash_like = meta[0] if q.stride() == q.to("meta").stride() else torch.empty_like(q.mT.mT)
-        assert out.stride() == torch.empty_like(q.transpose(1, 2)).transpose(1, 2).stride()
-        if q.stride() == q.to("meta").stride():
-            assert out.stride() == flash_like.stride()
+        # torch's flash op, asked through its own meta kernel
+        with FakeTensorMode() as mode:
+            cuda = [mode.from_tensor(x) for x in (q, k, v)] if dv == 16 else []
+            flash = torch.ops.aten._scaled_dot_product_flash_attention(*cuda) if cuda else None
+    if flash is not None:
+        assert out.stride() == flash[0].stride()
     else:  # the same order of dimensions in memory, dense
         order = sorted(range(3), key=lambda d: -out.stride(d))
         assert out.permute(*order, 3).is_contiguous()

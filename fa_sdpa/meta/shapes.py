@@ -58,22 +58,15 @@ def _check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
         torch._check(condition, message)  # type: ignore[arg-type]
 
 
-def like_flash(x: Tensor) -> Tensor:
-    """An empty tensor with the layout that torch's flash op gives to an output shaped like ``x`` (B, H, S, D).
-
-    torch allocates it as (B, S, H, D) and transposes back: dense, in the order of ``x``'s own strides.
-    """
-    return torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
-
-
 def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out`` (B, H, Sq, Dv), in the memory order of ``query``, and ``lse`` (B, H, Sq), fp32."""
+    """Uninitialised ``out`` (B, H, Sq, Dv), laid out as torch's flash op does it,
+    dense in the order of query's strides, and ``lse`` (B, H, Sq), fp32."""
     batch, num_heads, seqlen_q, head_dim = query.shape
     head_dim_v = value.shape[3]
     if head_dim_v == head_dim:
-        out = like_flash(query)
+        out = torch.empty_like(query)
     else:  # the rows of query keep their order in memory, only their length changes
-        rows = like_flash(query[..., :1])
+        rows = torch.empty_like(query[..., :1])
         strides = [stride * head_dim_v for stride in rows.stride()[:3]]
         out = query.new_empty_strided((batch, num_heads, seqlen_q, head_dim_v), (*strides, 1))
     return out, query.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
@@ -81,4 +74,4 @@ def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``dq``, ``dk``, ``dv``, each in the memory order of its input; expanded inputs get dense ones."""
-    return like_flash(query), like_flash(key), like_flash(value)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
