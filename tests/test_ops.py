@@ -349,3 +349,18 @@ def test_no_kernel_raises_with_every_reason():
     codes = {reason.code for reason in kernels.unsupported(spec, Target("cuda", 90, "H100", 132, 232448))}
     assert codes >= {"dtype", "head_dim", "attn_mask", "dropout"}
     assert [r.code for r in kernels.unsupported(spec, Target("cuda", 70, "V100"))] == ["no_kernel_family"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_out_is_laid_out_like_eager(layout):
+    """Inputs that are intermediates of the graph, which inductor would be free to lay out anew."""
+
+    def block(q, k, v):
+        return fwd(q * 2, k.expand_as(k) + 0, v, is_causal=True)
+
+    q, k, v = (LAYOUTS[layout](2, 3, 5, 16) for _ in range(3))
+    out, lse = block(q, k, v)
+    compiled_out, compiled_lse = torch.compile(block, fullgraph=True)(q, k, v)
+    assert compiled_out.stride() == out.stride() and compiled_lse.stride() == lse.stride()
+    torch.testing.assert_close(compiled_out, out)
+    torch._dynamo.reset()

@@ -38,10 +38,17 @@ def check_fwd(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, op
 
 
 def check_bwd(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    options: Options,
 ) -> None:
     """Raise RuntimeError if these can't be inputs of ``fa4::attention_bwd``."""
-    check_fwd(query, key, value, None, options)
+    check_fwd(query, key, value, sink, options)
     expected = (*query.shape[:3], value.size(3))
     _check(dout.shape == expected, lambda: f"dout is {tuple(dout.shape)}, expected {expected}")
     _check(out.shape == expected, lambda: f"out is {tuple(out.shape)}, expected {expected}")

@@ -12,7 +12,7 @@ The Autograd kernels are written by hand rather than by ``torch.library.register
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,7 +47,6 @@ _lib.define(
 )
 _fwd = torch.ops.fa4.attention_fwd.default
 _bwd = torch.ops.fa4.attention_bwd.default
-_unsupported = lru_cache(maxsize=4096)(kernels.unsupported)
 
 
 def attention_fwd(
@@ -146,50 +145,56 @@ def _options(version: int = VERSION, **options: Any) -> Options:
     return Options(**options)
 
 
-def _require_kernel(
-    query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, options: Options, needs_grad: bool
-) -> None:
-    """Raise with every reason why no kernel can run this call on its device."""
-    spec = AttentionSpec.of(query, key, value, needs_grad=needs_grad, sink=sink is not None, **options._asdict())
-    reasons = _unsupported(spec, Target.of(query.device))
+_admitted: set[tuple[Any, ...]] = set()  # what is known of calls that passed; looking it up costs a tenth of checking
+
+
+def _admit(check: Callable[..., None], *tensors: Tensor, sink: Tensor | None, options: Options) -> None:
+    """Raise what is wrong with a call, or every reason why no kernel can run it on its device.
+
+    ``tensors`` are the arguments of ``check``: query, key, value and, behind them, those of the backward.
+    """
+    facts = (
+        *((x.shape, x.dtype, x.device, x.stride(-1)) for x in tensors),
+        sink is not None and (sink.shape, sink.dtype, sink.device),
+        options,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    if facts in _admitted:
+        return
+    check(*tensors, sink, options)
+    spec = AttentionSpec.of(*tensors[:3], needs_grad=len(tensors) > 3, sink=sink is not None, **options._asdict())
+    reasons = kernels.unsupported(spec, Target.of(tensors[0].device))
     if reasons:
         raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
-
-
-def _checked_fwd(query, key, value, sink, options):  # type: ignore[no-untyped-def]
-    shapes.check_fwd(query, key, value, sink, options)
-    _require_kernel(query, key, value, sink, options, needs_grad=False)
-
-
-def _checked_bwd(dout, query, key, value, out, lse, options):  # type: ignore[no-untyped-def]
-    shapes.check_bwd(dout, query, key, value, out, lse, options)
-    _require_kernel(query, key, value, None, options, needs_grad=True)
+    if len(_admitted) >= 4096:
+        _admitted.clear()
+    _admitted.add(facts)
 
 
 @torch.library.impl(_lib, "attention_fwd", "CPU")
 def _fwd_cpu(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     options = _options(**kwargs)
-    _checked_fwd(query, key, value, sink, options)
+    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
     return cpu.attention_fwd(query, key, value, sink, options)
 
 
 @torch.library.impl(_lib, "attention_bwd", "CPU")
 def _bwd_cpu(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
     options = _options(**kwargs)
-    _checked_bwd(dout, query, key, value, out, lse, options)
+    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
     return cpu.attention_bwd(dout, query, key, value, out, lse, options)
 
 
 @torch.library.impl(_lib, "attention_fwd", "CUDA")
 def _fwd_cuda(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     options = _options(**kwargs)
-    _checked_fwd(query, key, value, sink, options)
+    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
     return launch.attention_fwd(query, key, value, is_causal=options.is_causal, scale=options.scale)
 
 
 @torch.library.impl(_lib, "attention_bwd", "CUDA")
 def _bwd_cuda(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    _checked_bwd(dout, query, key, value, out, lse, _options(**kwargs))
+    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=_options(**kwargs))
     raise AssertionError("unreachable: no CUDA family has a backward kernel, so the line above has raised")
 
 
@@ -201,7 +206,7 @@ def _fwd_fake(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-unt
 
 @torch.library.register_fake("fa4::attention_bwd", lib=_lib)
 def _bwd_fake(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    shapes.check_bwd(dout, query, key, value, out, lse, _options(**kwargs))
+    shapes.check_bwd(query, key, value, dout, out, lse, None, _options(**kwargs))
     return shapes.empty_grads(query, key, value)
 
 
