@@ -45,7 +45,7 @@ from cutlass.utils import LayoutEnum, SmemAllocator
 from ..common import fragments, softmax
 from ..common.blocks import key_blocks
 from ..common.mask import mask_right, row_limits
-from ..common.scheduler import Tiles, tile_coordinate, tile_index
+from ..common.scheduler import Tiles, find_tile, spills_l2
 from ..key import KernelKey
 from .config import ForwardConfig
 
@@ -192,7 +192,8 @@ class Forward:
             )
         )
         mma_qk, mma_pv = self._tiled_mmas()
-        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0])
+        paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], 2 * self.head_dim * self.dtype.width // 8)
+        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0], paired)
         self.kernel(
             Atoms(*atoms),
             Gmem(*tensors),
@@ -273,10 +274,8 @@ class Forward:
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
-        wave = Int32(0)
-        tile = tile_index(wave, self.is_causal)
-        while tile < tiles.total:
-            m_block, head, batch = tile_coordinate(tile, tiles, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        while is_valid:
             head_kv = head // qhead_per_kvhead
             gQ = cute.local_tile(gmem.q[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
             gK = cute.local_tile(gmem.k[None, None, head_kv, batch], (self.tile_n, self.head_dim), (None, 0))
@@ -294,8 +293,7 @@ class Forward:
                 v_state.advance()
             self._load_tile(atoms.v, gV, smem.v, Int32(0), pipelines.v, v_state)
             v_state.advance()
-            wave += 1
-            tile = tile_index(wave, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
 
     @cute.jit
     def _load_tile(
@@ -362,10 +360,8 @@ class Forward:
         if wg == 0:
             self._pass_turn(wg, to_next=False)
 
-        wave = Int32(0)
-        tile = tile_index(wave, self.is_causal)
-        while tile < tiles.total:
-            m_block, head, batch = tile_coordinate(tile, tiles, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        while is_valid:
             end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
             first_row = m_block * self.tile_m + tidx // 32 * 16 + tidx % 32 // 4
 
@@ -409,8 +405,7 @@ class Forward:
             self._store_lse(mLSE[batch, head, None], regs.row_sum, first_row)
             gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
             self.epilogue(store_atom, mma_pv, regs.acc_O, smem.o, gO, m_block * self.mma_warpgroups + wg, tidx, wg)
-            wave += 1
-            tile = tile_index(wave, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
@@ -475,8 +470,11 @@ class Forward:
 
     @cute.jit
     def _round(self, acc_S: cute.Tensor, tOrP: cute.Tensor) -> None:
-        """P in 16 bit, laid out as the A operand of P V."""
-        tOrP.store(fragments.as_operand_a(acc_S).load().to(self.dtype))
+        """P in 16 bit, laid out as the A operand of P V. One k-slice at a time: 8 values convert as 4 packed pairs, a
+        number of values that is no power of two would not."""
+        weights = fragments.as_operand_a(acc_S)
+        for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
+            tOrP[None, None, k].store(weights[None, None, k].load().to(self.dtype))
 
     @cute.jit
     def _mask(self, acc_S: cute.Tensor, first_row: Int32, seqlen_k: Int32, n_block: Int32) -> None:
