@@ -131,7 +131,7 @@ def main() -> None:
     args = parse()
     model = build(args)
     data = batches(corpus(), args, args.eval or args.steps)
-    result: dict[str, Any] = {"parameters": model.num_parameters()}
+    result: dict[str, Any] = {"parameters": model.num_parameters(), "dtype": str(args.dtype).removeprefix("torch.")}
     start = time.perf_counter()
     if args.eval:
         result["losses"], result["tokens_per_second"] = evaluate(model, data)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import kernels, router
+from . import __version__, _torch_private, kernels, router
 from .meta.spec import AttentionSpec
 from .meta.target import Target, missing_on_host
 
@@ -45,13 +45,19 @@ def diagnose() -> dict[str, Any]:
     if len(devices) == 1:
         tables["cuda"] = f"no device here; there are kernels for {', '.join(f'sm_{a}' for a in kernels.FAMILIES)}"
     return {
-        "fa_sdpa": _package_version("fa_sdpa"),
+        "fa_sdpa": __version__,
         "environment": environment(),
         "missing": [str(reason) for reason in missing_on_host()],
         "kernels": tables,
-        "conflicts": _attempt(lambda: [str(conflict) for conflict in router.conflicts()]),
+        "conflicts": _attempt(_conflicts),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
+
+
+def _conflicts() -> list[str]:
+    """What keeps routing from working as it should on this torch and in this process."""
+    moved = [f"torch {torch.__version__} lacks {part}: routing can't be enabled" for part in _torch_private.missing()]
+    return [*moved, *map(str, router.conflicts())]
 
 
 def _kernels(device: torch.device) -> list[dict[str, Any]]:

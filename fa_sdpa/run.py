@@ -80,9 +80,11 @@ def _report(policy: str, path: Path | None) -> None:
     kinds = {"eager": stats.eager, "compiled": stats.compiled}
     lines = [f"fa_sdpa: {stats.routed} SDPA calls routed to fa4, {stats.native} left to torch (policy {policy})"]
     for kind, counts in kinds.items():
-        reasons = ", ".join(f"{code} {count}" for code, count in counts.reasons.items())
-        if reasons:
-            lines.append(f"  {kind:9} {counts.routed} routed, {counts.native} left to torch: {reasons}")
+        if counts.reasons:
+            reasons = ", ".join(f"{code} {count}" for code, count in counts.reasons.items())
+            lines.append(f"  {kind}: {counts.routed} routed, {counts.native} left to torch: {reasons}")
+    if stats.compiled.reasons:
+        lines.append("  (a call in a compiled graph counts once a trace, however often the graph runs)")
     print("\n".join(lines), file=sys.stderr)
     if path is not None:
         content = {kind: counts._asdict() for kind, counts in kinds.items()}

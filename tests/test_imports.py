@@ -15,8 +15,10 @@ LAYERS = (
     {"meta"},
     {"kernels", "reference"},
     {"ops", "policy"},
-    {"state", "_torch_private"},
+    {"_torch_private"},
+    {"state", "counts"},
     {"router"},
+    {"switch"},
     {"run", "doctor"},
     {"__main__"},
 )
