@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .meta.spec import Options
 
 
 def attention(
@@ -13,30 +16,42 @@ def attention(
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
     *,
-    is_causal: bool = False,
-    scale: float | None = None,
+    sink: Tensor | None = None,  # (H,)
+    **options: Any,  # of meta.spec.Options
 ) -> tuple[Tensor, Tensor]:
-    """softmax(scale · Q Kᵀ + mask) V and its lse, in the dtype of the inputs, through full (Sq, Sk) matrices.
+    """Attention written out through full (Sq, Sk) matrices, differentiable, in the dtype of the inputs.
 
-    Differentiable. is_causal is aligned at the top left. Returns out (B, H, Sq, Dv) and lse (B, H, Sq); a row that
-    sees no key has out = 0 and lse = −inf.
+    Returns out (B, H, Sq, Dv) and lse (B, H, Sq); a row that sees no key has out = 0 and lse = −inf.
     """
+    asked = Options(**options)
+    seqlen_q, seqlen_k = query.size(2), key.size(2)
     group = query.size(1) // max(key.size(1), 1)
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scale = 1.0 / math.sqrt(query.size(3)) if scale is None else scale
-    scores = (query * scale) @ key.mT
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
+    scores = (query * (1.0 / math.sqrt(query.size(3)) if asked.scale is None else asked.scale)) @ key.mT
+    if asked.softcap > 0.0:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    left, right = asked.bounds(seqlen_q, seqlen_k)
+    distance = torch.arange(seqlen_k, device=query.device) - torch.arange(seqlen_q, device=query.device)[:, None]
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if left is not None:
+        hidden |= distance < left
+    if right is not None:
+        hidden |= distance > right
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sink is not None:  # one more key that every row sees, with this score and a value of 0
+        column = sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+        value = torch.cat((value, value.new_zeros((*value.shape[:2], 1, value.size(3)))), dim=2)
     lse = torch.logsumexp(scores, dim=-1)
-    return torch.softmax(scores, dim=-1) @ value, lse
+    p = torch.softmax(scores, dim=-1).masked_fill((lse == -math.inf)[..., None], 0.0)
+    return p @ value, lse
 
 
 def excess(actual: Tensor, expected: Tensor, baseline: Tensor, floor: float = 0.0) -> float:
     """How far ``actual`` breaks FlashAttention's rule: 0 or less if it keeps it, NaN never keeps it.
 
-    max|actual − expected| ≤ 2 · max|baseline − expected| + atol, atol = 2 · max|expected + 0.3 − 0.3 − expected| + floor,
-    with the rounding of atol taken in the dtype of ``actual``.
+    max|actual − expected| ≤ 2 · max|baseline − expected| + atol + floor,
+    atol = 2 · max|expected + 0.3 − 0.3 − expected|, with the rounding of atol taken in the dtype of ``actual``.
 
     Args:
         actual: what the kernel gave, in its dtype.

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 import fa_sdpa.ops
 from fa_sdpa import reference
-from fa_sdpa.meta.spec import AttentionSpec
+from fa_sdpa.meta.spec import AttentionSpec, Options
 from fa_sdpa.meta.target import Target
 
 fwd = torch.ops.fa4.attention_fwd
@@ -95,9 +95,60 @@ def test_agrees_with_torch_sdpa(is_causal):
     torch.testing.assert_close(fwd(q, k, v, is_causal=is_causal)[0], expected)
 
 
+# Every option alone, and together
+OPTIONS = {
+    "bottom_right": {"is_causal": True, "bottom_right": True},
+    "window": {"window_left": 20, "window_right": 3},
+    "window_left": {"window_left": 0},
+    "window_right": {"window_right": 40},
+    "causal_window": {"is_causal": True, "window_left": 300, "window_right": 5},
+    "bottom_right_window": {"bottom_right": True, "window_left": 150, "window_right": 0},
+    "softcap": {"softcap": 0.7},
+    "sink": {"sink": True},
+    "all": {
+        "is_causal": True,
+        "bottom_right": True,
+        "window_left": 200,
+        "softcap": 2.0,
+        "sink": True,
+        "scale": 0.4,
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("shape", [SHAPES[name] for name in ("mha", "gqa7", "gqa_two_groups", "dv_larger", "one_key")])
+def test_options_match_math_in_fp64(shape, options):
+    q, k, v = inputs(shape, torch.float64, requires_grad=True)
+    leaves = [q, k, v]
+    if options.get("sink"):
+        options = options | {"sink": torch.randn(q.size(1), dtype=torch.float64, requires_grad=True)}
+        leaves.append(options["sink"])
+    out, lse = fwd(q, k, v, **options)
+    expected, expected_lse = reference.attention(q, k, v, **options)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse.float())
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves, dout)
+    for got, want in zip(grads, torch.autograd.grad(expected, leaves, dout), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_outside_the_window_are_not_visited():
+    """A visited but masked NaN would show: its weight of 0 times NaN is NaN."""
+    q, k, v = inputs((1, 1, 1, 4096, 4096, 4, 4))
+    v[:, :, :2000] = v[:, :, 3000:] = math.nan
+    out, _ = fwd(q, k, v, window_left=100, window_right=100)
+    assert out[:, :, 2432:2560].isfinite().all() and out[:, :, 2100:2900].isfinite().any()
+    assert out[:, :, :1900].isnan().all() and out[:, :, 3100:].isnan().all()
+
+
 def test_gradcheck():
     q, k, v = inputs((1, 2, 1, 5, 7, 3, 4), torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv, is_causal=True)[0], (q, k, v))
+    sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    options = {"is_causal": True, "bottom_right": True, "window_left": 3, "softcap": 1.5}
+    assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv[:3], sink=qkv[3], **options)[0], (q, k, v, sink))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -142,8 +193,8 @@ def test_memory_is_linear_in_seqlen():
 
     q, k, v = inputs((1, 1, 1, 2048, 2048, 4, 4))
     with Watch():
-        out, lse = fa_sdpa.kernels.cpu.attention.attention_fwd(q, k, v, is_causal=False, scale=None)
-        fa_sdpa.kernels.cpu.attention.attention_bwd(out, q, k, v, out, lse, is_causal=False, scale=None)
+        out, lse = fa_sdpa.kernels.cpu.attention.attention_fwd(q, k, v, None, Options())
+        fa_sdpa.kernels.cpu.attention.attention_bwd(out, q, k, v, out, lse, Options())
     assert largest <= 2048 * 256
 
 
@@ -186,8 +237,14 @@ def test_fake_is_exact_and_out_is_laid_out_like_torchs_flash(layout, dv):
 def test_opcheck(layout, requires_grad):
     make = LAYOUTS[layout]
     q, k, v = (make(2, h, s, 8).requires_grad_(requires_grad) for h, s in ((4, 6), (2, 9), (2, 9)))
-    for options in ({}, {"is_causal": True, "scale": 0.5, "version": fa_sdpa.ops.VERSION}):
+    for options in (
+        {},
+        {"is_causal": True, "scale": 0.5, "version": fa_sdpa.ops.VERSION},
+        {"bottom_right": True, "window_left": 2, "window_right": 1, "softcap": 0.5},
+    ):
+        sink = torch.randn(4, requires_grad=requires_grad)
         opcheck(fwd.default, (q, k, v), options)
+        opcheck(fwd.default, (q, k, v), options | {"sink": sink})
         out, lse = (x.detach() for x in fwd(q, k, v, **options))
         dout = torch.randn_like(out).requires_grad_(requires_grad)
         opcheck(bwd.default, (dout, q, k, v, out, lse), options, test_utils=BWD_UTILS[requires_grad])
@@ -242,6 +299,33 @@ def test_bad_inputs_raise(change, message):
         fwd(*change(q, k, v))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"softcap": -1.0}, "softcap must be 0"),
+        ({"window_left": -1}, "window_left and window_right"),
+        ({"sink": torch.zeros(3)}, "sink must be floating point \\(4,\\), got torch.float32 \\(3,\\)"),
+        ({"sink": torch.zeros(4, device="meta")}, "sink is on meta"),
+    ],
+)
+def test_bad_options_raise(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        fwd(*inputs((2, 4, 2, 6, 6, 8, 8)), **options)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "dual"])
+def test_other_derivatives_raise_and_are_not_dropped(transform):
+    q, k, v = inputs(SHAPES["tiny"])
+    with pytest.raises(RuntimeError, match="takes no part in torch.func"):
+        if transform == "grad":
+            torch.func.grad(lambda q: fwd(q, k, v)[0].sum())(q)
+        elif transform == "jvp":
+            torch.func.jvp(lambda q: fwd(q, k, v)[0], (q,), (q,))
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                fwd(torch.autograd.forward_ad.make_dual(q, q), k, v)
+
+
 def test_bad_backward_inputs_raise():
     q, k, v = inputs((2, 4, 2, 6, 6, 8, 8))
     out, lse = fwd(q, k, v)
@@ -265,3 +349,18 @@ def test_no_kernel_raises_with_every_reason():
     codes = {reason.code for reason in kernels.unsupported(spec, Target("cuda", 90, "H100", 132, 232448))}
     assert codes >= {"dtype", "head_dim", "attn_mask", "dropout"}
     assert [r.code for r in kernels.unsupported(spec, Target("cuda", 70, "V100"))] == ["no_kernel_family"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiled_out_is_laid_out_like_eager(layout):
+    """Inputs that are intermediates of the graph, which inductor would be free to lay out anew."""
+
+    def block(q, k, v):
+        return fwd(q * 2, k.expand_as(k) + 0, v, is_causal=True)
+
+    q, k, v = (LAYOUTS[layout](2, 3, 5, 16) for _ in range(3))
+    out, lse = block(q, k, v)
+    compiled_out, compiled_lse = torch.compile(block, fullgraph=True)(q, k, v)
+    assert compiled_out.stride() == out.stride() and compiled_lse.stride() == lse.stride()
+    torch.testing.assert_close(compiled_out, out)
+    torch._dynamo.reset()

@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .spec import Options
 
-def check_fwd(query: Tensor, key: Tensor, value: Tensor) -> None:
+
+def check_fwd(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, options: Options) -> None:
     """Raise RuntimeError if these can't be inputs of ``fa4::attention_fwd``; see its docstring for the rules."""
     _check_one("query", query, query)
     _check_one("key", key, query)
@@ -26,11 +28,27 @@ def check_fwd(query: Tensor, key: Tensor, value: Tensor) -> None:
         num_heads == num_heads_kv or (num_heads_kv != 0 and num_heads % num_heads_kv == 0),
         lambda: f"num_heads_kv ({num_heads_kv}) must divide num_heads ({num_heads})",
     )
+    _check_options(options)
+    if sink is not None:
+        _check(
+            sink.dim() == 1 and sink.size(0) == num_heads and sink.dtype.is_floating_point,
+            lambda: f"sink must be floating point ({num_heads},), got {sink.dtype} {tuple(sink.shape)}",
+        )
+        _check(sink.device == query.device, lambda: f"sink is on {sink.device}, query is on {query.device}")
 
 
-def check_bwd(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+def check_bwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    options: Options,
+) -> None:
     """Raise RuntimeError if these can't be inputs of ``fa4::attention_bwd``."""
-    check_fwd(query, key, value)
+    check_fwd(query, key, value, sink, options)
     expected = (*query.shape[:3], value.size(3))
     _check(dout.shape == expected, lambda: f"dout is {tuple(dout.shape)}, expected {expected}")
     _check(out.shape == expected, lambda: f"out is {tuple(out.shape)}, expected {expected}")
@@ -51,6 +69,13 @@ def _check_one(name: str, x: Tensor, query: Tensor) -> None:
     _check(x.size(0) == query.size(0), lambda: f"{name} has batch {x.size(0)}, query has {query.size(0)}")
     _check(x.size(3) != 0, lambda: f"{name} has an empty last dimension")
     _check(x.stride(3) == 1, lambda: f"{name} must be contiguous in its last dimension, stride is {x.stride(3)}")
+
+
+def _check_options(options: Options) -> None:
+    _check(options.softcap >= 0.0, lambda: f"softcap must be 0 (none) or positive, got {options.softcap}")
+    for window in (options.window_left, options.window_right):
+        if window is not None:
+            _check(window >= 0, lambda: "window_left and window_right must be None or at least 0")
 
 
 def _check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:

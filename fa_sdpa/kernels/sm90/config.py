@@ -111,6 +111,14 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("dropout", f"there is no kernel with dropout (dropout_p={spec.dropout_p})"))
     if spec.scale is not None and not (math.isfinite(spec.scale) and spec.scale > 0.0):
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
+    for code, asked in (
+        ("bottom_right", spec.bottom_right and (spec.is_causal or spec.window)),
+        ("window", spec.window),
+        ("softcap", spec.softcap > 0.0),
+        ("sink", spec.sink),
+    ):
+        if asked:
+            reasons.append(Reason(code, f"the SM90 kernels have no {code} yet"))
     if spec.needs_grad:
         reasons.append(Reason("no_backward", "gradients are needed and there is no backward kernel"))
     if not spec.last_dim_contiguous:

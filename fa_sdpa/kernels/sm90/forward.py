@@ -374,9 +374,7 @@ class Forward:
             k_state.advance()
             if unmasked_end < end:
                 self._mask(acc_S, first_row, seqlen_k, end - 1)
-            softmax.softmax_step(
-                acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=True
-            )
+            softmax.softmax_step(acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=True)
             self._round(acc_S, regs.tOrP)
             regs.acc_O.fill(0.0)
 
