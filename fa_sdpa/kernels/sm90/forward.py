@@ -97,7 +97,8 @@ class Operands(NamedTuple):
     acc_O: cute.Tensor  # registers, fp32
     row_max: cute.Tensor
     row_sum: cute.Tensor
-    row_scale: cute.Tensor
+    block_sum: cute.Tensor
+    growth: cute.Tensor
 
 
 class Forward:
@@ -328,7 +329,8 @@ class Forward:
             acc_O=acc_O,
             row_max=cute.make_rmem_tensor(rows, Float32),
             row_sum=cute.make_rmem_tensor(rows, Float32),
-            row_scale=cute.make_rmem_tensor(rows, Float32),
+            block_sum=cute.make_rmem_tensor(rows, Float32),
+            growth=cute.make_rmem_tensor(rows, Float32),
         )
 
     def _scores(self, mma_qk: cute.TiledMma) -> cute.Tensor:
@@ -374,7 +376,9 @@ class Forward:
             k_state.advance()
             if unmasked_end < end:
                 self._mask(acc_S, first_row, seqlen_k, end - 1)
-            softmax.softmax_step(acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=True)
+            softmax.softmax_step(
+                acc_S, regs.row_max, regs.row_sum, regs.growth, softmax_scale_log2, is_first=True
+            )
             self._round(acc_S, regs.tOrP)
             regs.acc_O.fill(0.0)
 
@@ -438,15 +442,18 @@ class Forward:
         v_state: pipeline.PipelineState,
         softmax_scale_log2: Float32,
     ) -> None:
-        """Softmax of S while P V runs; once that is done, the new P, and O rescaled where its maximum grew."""
+        """Softmax of S while P V runs, then the new P. O is rescaled only if a maximum grew; that branch also keeps ptxas
+        from moving the wait for P V up, in front of the softmax."""
         grew = softmax.softmax_step(
-            acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=False
+            acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
+        if grew:
+            warpgroup.wait_group(0)
+            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
+        regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
-        if grew:
-            fragments.scale_rows(regs.acc_O, regs.row_scale)
 
     @cute.jit
     def _issue(
