@@ -34,7 +34,8 @@ def compare(plain: dict[str, Any], routed: dict[str, Any], counts: dict[str, Any
     print(f"SDPA calls   {counts['routed']} routed to fa4, {counts['native']} left to torch")
     print(
         f"losses       {len(gaps)} steps, largest relative difference {gaps[worst]:.1e} at step {worst} "
-        f"(tolerance {tolerance:.0e} in {plain['dtype']}); last {plain['losses'][-1]:.5f} and {routed['losses'][-1]:.5f}"
+        f"(tolerance {tolerance:.0e} in {plain['dtype']}); "
+        f"last {plain['losses'][-1]:.5f} and {routed['losses'][-1]:.5f}"
     )
     texts = bytes.fromhex(plain["generated"]), bytes.fromhex(routed["generated"])
     same = next((i for i, (a, b) in enumerate(zip(*texts, strict=True)) if a != b), len(texts[0]))
