@@ -62,6 +62,7 @@ def main() -> None:
             f"{plain['mode']:10}{plain['tokens_per_second']:12,.0f}{ours['tokens_per_second']:12,.0f}"
             f"{apart:24.1e}{calls['routed']:10}{calls['native']:17}"
         )
+    print("compiled calls count once a trace, and the decoder layers share one graph")
     if failed:
         sys.exit("no call was routed")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,11 +52,10 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=None,
         initializer_range=0.08,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(args.seed)
     with args.device:
-        model = LlamaForCausalLM(config).to(args.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=args.dtype, attn_implementation="sdpa")
     if args.compile:
         # Layer by layer: compiled as a whole, transformers builds a dense mask instead of asking for is_causal.
         for layer in model.model.layers:
