@@ -18,8 +18,7 @@ def mask_right(
     for r in cutlass.range_constexpr(cute.size(limits)):
         limit = limits[r] - first_column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-            if c // 2 * 8 + c % 2 >= limit:
-                scores[r, c] = -Float32.inf
+            scores[r, c] = scores[r, c] if c // 2 * 8 + c % 2 < limit else -Float32.inf
 
 
 @cute.jit

@@ -31,38 +31,46 @@ def _finite(row_max: Float32) -> Float32:
 def softmax_step(
     acc_S: cute.Tensor,  # scores of one block, replaced by exp2(s·c - m·c)
     row_max: cute.Tensor,  # (rows of this thread,), whole rows
-    row_sum: cute.Tensor,  # (rows of this thread,), this thread's columns only
-    row_scale: cute.Tensor,  # (rows of this thread,), out: what O has to be multiplied by if the result is True
+    block_sum: cute.Tensor,  # (rows of this thread,), out: sums of this thread's new weights
+    growth: cute.Tensor,  # (rows of this thread,), out: old m minus new m, ≤ 0
     scale_log2: Float32,
     is_first: cutlass.Constexpr[bool],
 ) -> Boolean:
-    """Fold one block of scores into the row statistics; True (the same in all lanes) if O must be rescaled."""
+    """Weights of one block; True (the same in all lanes) if some row's ``m`` changed, so that l and O must be rescaled."""
     scores = rows_by_columns(acc_S)
-    num_rows = cute.size(row_max)
-    maxima = cute.make_rmem_tensor(num_rows, Float32)
     grew = Boolean(False)
-    for r in cutlass.range_constexpr(num_rows):
-        initial = -Float32.inf if cutlass.const_expr(is_first) else row_max[r]
-        maximum = row_maximum(scores[r, None].load(), initial)
-        maxima[r] = cute.arch.warp_reduction_max(maximum, threads_in_group=4)
-        if cutlass.const_expr(not is_first):
-            grew = grew | ((maxima[r] - row_max[r]) * scale_log2 > STALE)
-    if cutlass.const_expr(is_first):
-        row_sum.fill(0.0)
-        row_max.store(maxima.load())
-    else:
-        grew = cute.arch.vote_any_sync(grew)
-        if grew:
-            for r in cutlass.range_constexpr(num_rows):
-                row_scale[r] = cute.math.exp2((row_max[r] - _finite(maxima[r])) * scale_log2, fastmath=True)
-                row_sum[r] = row_sum[r] * row_scale[r]
-                row_max[r] = maxima[r]
-    for r in cutlass.range_constexpr(num_rows):
-        shift = _finite(row_max[r]) * scale_log2
-        weights = cute.math.exp2(scores[r, None].load() * scale_log2 - shift, fastmath=True)
-        row_sum[r] = row_total(weights, row_sum[r])
+    for r in cutlass.range_constexpr(cute.size(row_max)):
+        before = -Float32.inf if cutlass.const_expr(is_first) else row_max[r]
+        maximum = row_maximum(scores[r, None].load(), before)
+        maximum = cute.arch.warp_reduction_max(maximum, threads_in_group=4)
+        if cutlass.const_expr(is_first):
+            row_max[r] = maximum
+        else:
+            lags = (maximum - before) * scale_log2 <= STALE  # False for the first key that a row sees
+            row_max[r] = before if lags else maximum
+            growth[r] = before - _finite(row_max[r])
+            grew = grew | (not lags)
+        weights = cute.math.exp2(
+            scores[r, None].load() * scale_log2 - _finite(row_max[r]) * scale_log2, fastmath=True
+        )
+        block_sum[r] = row_total(weights, Float32(0.0))
         scores[r, None].store(weights)
-    return grew
+    return grew if cutlass.const_expr(is_first) else cute.arch.vote_any_sync(grew)
+
+
+@cute.jit
+def rescale(
+    acc_O: cute.Tensor,
+    row_sum: cute.Tensor,  # (rows of this thread,)
+    growth: cute.Tensor,  # (rows of this thread,), of softmax_step
+    scale_log2: Float32,
+) -> None:
+    """Bring O and l to the new ``m``, in place."""
+    factors = cute.make_rmem_tensor(cute.size(row_sum), Float32)
+    for r in cutlass.range_constexpr(cute.size(row_sum)):
+        factors[r] = cute.math.exp2(growth[r] * scale_log2, fastmath=True)
+        row_sum[r] = row_sum[r] * factors[r]
+    scale_rows(acc_O, factors)
 
 
 @cute.jit

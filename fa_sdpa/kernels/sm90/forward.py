@@ -45,7 +45,7 @@ from cutlass.utils import LayoutEnum, SmemAllocator
 from ..common import fragments, softmax
 from ..common.blocks import key_blocks
 from ..common.mask import mask_right, row_limits
-from ..common.scheduler import Tiles, tile_coordinate, tile_index
+from ..common.scheduler import Tiles, find_tile, spills_l2
 from ..key import KernelKey
 from .config import ForwardConfig
 
@@ -97,7 +97,8 @@ class Operands(NamedTuple):
     acc_O: cute.Tensor  # registers, fp32
     row_max: cute.Tensor
     row_sum: cute.Tensor
-    row_scale: cute.Tensor
+    block_sum: cute.Tensor
+    growth: cute.Tensor
 
 
 class Forward:
@@ -192,7 +193,8 @@ class Forward:
             )
         )
         mma_qk, mma_pv = self._tiled_mmas()
-        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0])
+        paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], 2 * self.head_dim * self.dtype.width // 8)
+        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0], paired)
         self.kernel(
             Atoms(*atoms),
             Gmem(*tensors),
@@ -273,10 +275,8 @@ class Forward:
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
-        wave = Int32(0)
-        tile = tile_index(wave, self.is_causal)
-        while tile < tiles.total:
-            m_block, head, batch = tile_coordinate(tile, tiles, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        while is_valid:
             head_kv = head // qhead_per_kvhead
             gQ = cute.local_tile(gmem.q[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
             gK = cute.local_tile(gmem.k[None, None, head_kv, batch], (self.tile_n, self.head_dim), (None, 0))
@@ -294,8 +294,7 @@ class Forward:
                 v_state.advance()
             self._load_tile(atoms.v, gV, smem.v, Int32(0), pipelines.v, v_state)
             v_state.advance()
-            wave += 1
-            tile = tile_index(wave, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
 
     @cute.jit
     def _load_tile(
@@ -330,7 +329,8 @@ class Forward:
             acc_O=acc_O,
             row_max=cute.make_rmem_tensor(rows, Float32),
             row_sum=cute.make_rmem_tensor(rows, Float32),
-            row_scale=cute.make_rmem_tensor(rows, Float32),
+            block_sum=cute.make_rmem_tensor(rows, Float32),
+            growth=cute.make_rmem_tensor(rows, Float32),
         )
 
     def _scores(self, mma_qk: cute.TiledMma) -> cute.Tensor:
@@ -362,10 +362,8 @@ class Forward:
         if wg == 0:
             self._pass_turn(wg, to_next=False)
 
-        wave = Int32(0)
-        tile = tile_index(wave, self.is_causal)
-        while tile < tiles.total:
-            m_block, head, batch = tile_coordinate(tile, tiles, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        while is_valid:
             end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
             first_row = m_block * self.tile_m + tidx // 32 * 16 + tidx % 32 // 4
 
@@ -378,7 +376,9 @@ class Forward:
             k_state.advance()
             if unmasked_end < end:
                 self._mask(acc_S, first_row, seqlen_k, end - 1)
-            softmax.softmax_step(acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=True)
+            softmax.softmax_step(
+                acc_S, regs.row_max, regs.row_sum, regs.growth, softmax_scale_log2, is_first=True
+            )
             self._round(acc_S, regs.tOrP)
             regs.acc_O.fill(0.0)
 
@@ -407,8 +407,7 @@ class Forward:
             self._store_lse(mLSE[batch, head, None], regs.row_sum, first_row)
             gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
             self.epilogue(store_atom, mma_pv, regs.acc_O, smem.o, gO, m_block * self.mma_warpgroups + wg, tidx, wg)
-            wave += 1
-            tile = tile_index(wave, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
@@ -443,15 +442,18 @@ class Forward:
         v_state: pipeline.PipelineState,
         softmax_scale_log2: Float32,
     ) -> None:
-        """Softmax of S while P V runs; once that is done, the new P, and O rescaled where its maximum grew."""
+        """Softmax of S while P V runs, then the new P. O is rescaled only if a maximum grew; that branch also keeps ptxas
+        from moving the wait for P V up, in front of the softmax."""
         grew = softmax.softmax_step(
-            acc_S, regs.row_max, regs.row_sum, regs.row_scale, softmax_scale_log2, is_first=False
+            acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
+        if grew:
+            warpgroup.wait_group(0)
+            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
+        regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
-        if grew:
-            fragments.scale_rows(regs.acc_O, regs.row_scale)
 
     @cute.jit
     def _issue(
@@ -473,8 +475,11 @@ class Forward:
 
     @cute.jit
     def _round(self, acc_S: cute.Tensor, tOrP: cute.Tensor) -> None:
-        """P in 16 bit, laid out as the A operand of P V."""
-        tOrP.store(fragments.as_operand_a(acc_S).load().to(self.dtype))
+        """P in 16 bit, laid out as the A operand of P V. One k-slice at a time: 8 values convert as 4 packed pairs, a
+        number of values that is no power of two would not."""
+        weights = fragments.as_operand_a(acc_S)
+        for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
+            tOrP[None, None, k].store(weights[None, None, k].load().to(self.dtype))
 
     @cute.jit
     def _mask(self, acc_S: cute.Tensor, first_row: Int32, seqlen_k: Int32, n_block: Int32) -> None:

@@ -1,0 +1,418 @@
+"""Every private part of torch that the router stands on, and nothing else.
+
+Tested on torch 2.11.0, 2.13.0 and 2.15.0 (see ``TESTED``). ``require()`` looks for each part before anything is
+installed, so that a torch that moved one is refused by name instead of failing somewhere inside a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+TESTED = ("2.11", "2.13", "2.15")
+
+OP = "aten::scaled_dot_product_attention"
+
+# Where Dynamo keeps its part of the table below; it is imported only when routing is switched on.
+_PARTS = {
+    "torch._C._dispatch_has_kernel_for_dispatch_key": "whether the op can be overridden",
+    "torch._C._get_flash_sdp_enabled": "the user's choice of SDPA backends",
+    "torch._C._get_mem_efficient_sdp_enabled": "the user's choice of SDPA backends",
+    "torch._C._get_math_sdp_enabled": "the user's choice of SDPA backends",
+    "torch._C._get_cudnn_sdp_enabled": "the user's choice of SDPA backends",
+    "torch._C._functorch.peek_interpreter_stack": "torch.func transforms",
+    "torch.autograd.forward_ad._current_level": "forward-mode AD",
+    "torch._C._get_tracing_state": "torch.jit.trace",
+    "torch._C._get_dispatch_mode": "make_fx",
+    "torch._C._TorchDispatchModeKey.PROXY": "make_fx",
+    "torch._guards._TLS": "a compiler at work in this thread",
+    "torch._C._dynamo.eval_frame.set_code_exec_strategy": "frames that Dynamo leaves alone",
+    "torch._C._dynamo.eval_frame._FrameExecStrategy": "frames that Dynamo leaves alone",
+    "torch._C._dynamo.eval_frame._FrameAction.SKIP": "frames that Dynamo leaves alone",
+    "torch._dynamo.reset_code_caches": "code that was compiled before routing",
+    "torch._dynamo.source.CallFunctionNoArgsSource": "guards",
+    "torch._dynamo.source.AttrSource": "guards",
+    "torch._dynamo.guards.GuardBuilder.EQUALS_MATCH": "guards",
+    "torch._dynamo.guards.install_guard": "guards",
+    "torch._dynamo.symbolic_convert.InstructionTranslator.current_tx": "blocks entered in a compiled function",
+    "torch._dynamo.variables.functions.UserFunctionVariable": "Dynamo's handlers",
+    "torch._dynamo.variables.torch.TorchInGraphFunctionVariable._get_handlers": "Dynamo's handlers",
+    "torch._dynamo.trace_rules._force_inline": "Dynamo's handlers",
+    "torch.utils.checkpoint._CheckpointFrame": "checkpoint's recomputation",
+    "torch.utils.checkpoint.CheckpointFunction": "checkpoint's recomputation",
+    "torch.library.get_kernel": "the kernel that was there before",
+}
+
+
+def missing() -> tuple[str, ...]:
+    """The parts that this torch lacks, each with what it is for. Imports ``torch._dynamo``."""
+    return tuple(f"{path} ({purpose})" for path, purpose in _PARTS.items() if not _exists(path))
+
+
+def require() -> None:
+    """Raise RuntimeError, naming each part that has moved, if routing can't work on this torch."""
+    gone = missing()
+    if gone:
+        raise RuntimeError(
+            f"fa_sdpa can't route on torch {torch.__version__}: these private parts have moved: {', '.join(gone)}. "
+            f"It was tested on torch {', '.join(TESTED)}; a newer fa_sdpa may know this torch."
+        )
+
+
+def _exists(path: str) -> bool:
+    names = path.split(".")
+    found: Any = torch
+    for depth, name in enumerate(names[1:], start=1):
+        if not hasattr(found, name):
+            try:
+                importlib.import_module(".".join(names[: depth + 1]))
+            except ImportError:
+                return False
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
+
+
+# ---- what the router asks torch about a call -------------------------------------------------------------------------
+
+flash_sdp_enabled: Callable[[], bool] = torch._C._get_flash_sdp_enabled
+mem_efficient_sdp_enabled: Callable[[], bool] = torch._C._get_mem_efficient_sdp_enabled
+math_sdp_enabled: Callable[[], bool] = torch._C._get_math_sdp_enabled
+cudnn_sdp_enabled: Callable[[], bool] = torch._C._get_cudnn_sdp_enabled
+functorch_interpreter = torch._C._functorch.peek_interpreter_stack  # None outside grad, vmap, jvp, functionalize
+compiler = torch._guards._TLS  # .tracing_context is there, and not None, while this thread compiles
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+unknown = object()  # stands for an argument whose value is not known while a graph is traced
+
+
+def sdp_flags() -> tuple[bool, bool, bool, bool]:
+    """The user's enable flags: flash, memory-efficient, math, cuDNN."""
+    return flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()
+
+
+def forward_ad_active() -> bool:
+    """Whether a forward-mode AD level is open."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def tracing() -> bool:
+    """Whether jit.trace, make_fx or an exporter is recording this thread's calls."""
+    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def equal(a: Any, b: Any) -> bool:
+    """a == b for sizes; False where one is known only at run time."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(a == b)
+
+
+def data_dependent_error() -> type[Exception]:
+    """What a comparison raises with a size that is known only at run time."""
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return GuardOnDataDependentSymNode
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The dtype to which autocast would cast this input of SDPA now; None if it leaves it alone."""
+    device = tensor.device.type
+    if not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return None
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
+def active_flash_impl() -> str | None:
+    """The flash attention implementation that the user put in place of torch's own, if any."""
+    return torch.nn.attention.current_flash_attention_impl()
+
+
+def is_fake(tensor_type: type) -> bool:
+    """Whether tensors of this type only stand for others while something traces."""
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return issubclass(tensor_type, (FakeTensor, FunctionalTensor))
+
+
+# ---- eager: the dispatcher -------------------------------------------------------------------------------------------
+
+# call_boxed wants the call's dispatch keys; a composite kernel, which SDPA's is, does not look at them.
+KEYSET = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+class Override:
+    """Replaces SDPA's CompositeImplicitAutograd kernel: reached by Python and C++ callers, after autocast's kernel
+    and before autograd's, so that both stay torch's own."""
+
+    def __init__(self, kernel: Callable[..., torch.Tensor]) -> None:
+        self._kernel = kernel
+        self._library: torch.library.Library | None = None
+
+    def install(self) -> None:
+        leave_frame_to_python(self._kernel, and_its_callees=True)
+        self._library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(Warning only once for all operators|Overriding a previously)")
+            self._library.impl(OP, self._kernel, "CompositeImplicitAutograd")
+
+    def uninstall(self) -> None:
+        if self._library is not None:
+            self._library._destroy()
+            self._library = None
+
+
+def native_kernel() -> Callable[..., torch.Tensor]:
+    """Torch's own SDPA, called with ``KEYSET`` and the op's arguments. To be taken while no Override is installed."""
+    return torch.library.get_kernel(OP, "Undefined").call_boxed
+
+
+def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:
+    """Keep Dynamo from compiling this function's frames where a graph broke; tracing into it is not affected."""
+    frames = torch._C._dynamo.eval_frame
+    action = frames._FrameAction
+    recursive = action.SKIP if and_its_callees else action.DEFAULT
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(action.SKIP, recursive))
+
+
+# ---- torch.compile: Dynamo -------------------------------------------------------------------------------------------
+
+
+def constant_while_tracing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have Dynamo run ``function`` when it traces a call of it, and take the result as a constant."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def while_this_trace_lasts(enter: Callable[[], None], leave: Callable[[], None]) -> None:
+    """Call ``enter`` now and ``leave`` when Dynamo is done with the graph it is tracing."""
+    enter()
+    _translator().output.add_cleanup_hook(leave)
+
+
+def traced_opcode(outside: str) -> int:
+    """The instruction that Dynamo will trace next in the innermost traced function that is neither in the file
+    ``outside`` nor one of Dynamo's own."""
+    dynamo = os.path.dirname(torch._dynamo.__file__)
+    frame = _translator().output.current_tx
+    while frame.f_code.co_filename == outside or frame.f_code.co_filename.startswith(dynamo):
+        frame = frame.parent
+    return frame.instructions[frame.instruction_pointer].opcode
+
+
+def forget_compiled_code() -> None:
+    """Drop what Dynamo has compiled in this process; the caches on disk stay."""
+    torch._dynamo.reset_code_caches()
+
+
+def _translator() -> Any:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return InstructionTranslator.current_tx()
+
+
+class DynamoHandlers:
+    """Dynamo's handlers for SDPA and F.multi_head_attention_forward, there while installed.
+
+    A handler that returns None leaves the call to Dynamo, which puts the untouched op into its graph.
+
+    Args:
+        token: Dynamo traces it, so that the graph is guarded by what it reads.
+        routes: (token) → whether calls may be routed under that token at all.
+        decide: (token, the types of query, key and value, SDPA's arguments by name) → whether this call is routed.
+        routed: Dynamo traces it in place of a routed call: (query, key, value, is_causal, scale, autocast dtypes).
+    """
+
+    def __init__(
+        self,
+        token: Callable[[], str],
+        routes: Callable[[str], bool],
+        decide: Callable[[str, tuple[type, ...], dict[str, Any]], bool],
+        routed: Callable[..., torch.Tensor],
+    ) -> None:
+        self._token, self._routes, self._decide, self._routed = token, routes, decide, routed
+        self._installed: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def installed(self) -> bool:
+        return bool(self._installed)
+
+    def install(self) -> None:
+        sdpa = torch.ops.aten.scaled_dot_product_attention
+        ours: dict[Any, Callable[..., Any]] = {
+            fn: self._sdpa for fn in (torch._C._nn.scaled_dot_product_attention, sdpa, sdpa.default)
+        }
+        ours[torch.nn.functional.multi_head_attention_forward] = self._multi_head_attention
+        handlers = _dynamo_handlers()
+        taken = [fn for fn in ours if fn in handlers]
+        if taken:
+            raise RuntimeError(f"fa_sdpa can't route compiled code: Dynamo already has a handler for {taken}")
+        handlers.update(ours)
+        self._installed = ours
+
+    def uninstall(self) -> None:
+        handlers = _dynamo_handlers()
+        for fn in self._installed:
+            del handlers[fn]
+        self._installed = {}
+
+    # Dynamo calls a handler with the variable of the function, the translator, and the arguments as variables.
+
+    def _multi_head_attention(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if not self._routes(self._guarded_token(tx)):
+            return None
+        return _inline(tx, torch.nn.functional.multi_head_attention_forward, args, kwargs)
+
+    def _sdpa(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
+        from torch._dynamo.variables import VariableTracker
+
+        token = self._guarded_token(tx)
+        if not self._routes(token):
+            return None
+        try:
+            variables = _SIGNATURE.bind(*args, **kwargs)
+        except TypeError:
+            return None  # torch words the error
+        variables.apply_defaults()
+        given = variables.arguments
+        tensors = [given[name] for name in ("query", "key", "value")]
+        if not all(isinstance(x, VariableTracker) and x.is_tensor() for x in tensors):
+            return None
+        _guard_sdp_flags(tx)
+        examples = {name: _example(value) for name, value in given.items()}
+        if not self._decide(token, tuple(x.python_type() for x in tensors), examples):
+            return None
+        dtypes = tuple(autocast_dtype(examples[name]) for name in ("query", "key", "value"))
+        passed = (*tensors, given["is_causal"], given["scale"], dtypes)
+        return _inline(tx, self._routed, [_as_variable(tx, x) for x in passed], {})
+
+    def _guarded_token(self, tx: Any) -> str:
+        # Saved Dynamo code (TORCH_CACHING_PRECOMPILE=1) comes back without its guards on module globals.
+        tx.output.bypass_package("fa_sdpa routes by state that a saved package does not guard")
+        return _inline(tx, self._token, (), {}).as_python_constant()
+
+
+def _sdpa_signature(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+):  # type: ignore[no-untyped-def]
+    """The op's signature: the Python builtin has none to inspect."""
+
+
+_SIGNATURE = inspect.signature(_sdpa_signature)
+_SDP_SETTERS = frozenset(
+    getattr(module, name)
+    for module in (torch._C, torch.backends.cuda, torch.nn.attention)
+    for name in dir(module)
+    if name.startswith(("_set_sdp_use_", "_sdpa_kernel")) or (name.startswith("enable_") and name.endswith("_sdp"))
+)
+
+
+def _dynamo_handlers() -> dict[Any, Callable[..., Any]]:
+    from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
+
+    return TorchInGraphFunctionVariable._get_handlers()
+
+
+def _inline(tx: Any, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    from torch._dynamo.trace_rules import _force_inline
+    from torch._dynamo.variables.functions import UserFunctionVariable
+
+    with _force_inline():
+        return tx.inline_user_function_return(UserFunctionVariable(function), list(args), kwargs)
+
+
+def _as_variable(tx: Any, value: Any) -> Any:
+    from torch._dynamo.variables import VariableTracker
+
+    return value if isinstance(value, VariableTracker) else VariableTracker.build(tx, value)  # a default
+
+
+def _example(value: Any) -> Any:
+    """What stands behind a Dynamo variable: a fake tensor, a SymInt or a constant; ``unknown`` if it is none."""
+    from torch._dynamo.variables import VariableTracker
+
+    if not isinstance(value, VariableTracker):
+        return value
+    if value.is_python_constant():
+        return value.as_python_constant()
+    try:
+        return value.as_proxy().node.meta["example_value"]
+    except (NotImplementedError, AttributeError, KeyError):
+        return unknown
+
+
+def _guard_sdp_flags(tx: Any) -> None:
+    """Guard the graph by the flags with which it was entered, unless the graph itself sets them."""
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource
+
+    for tracer in tx.output.tracers:
+        if any(node.target in _SDP_SETTERS for node in tracer.graph.nodes):
+            return
+    source = CallFunctionNoArgsSource(AttrSource(tx.import_source(__name__), "sdp_flags"))
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------------------
+
+
+class CheckpointBinding:
+    """Ties each checkpoint's recomputation to the state of its forward, while installed.
+
+    Args:
+        bind: (function) → the function tied to the state that holds now; asked in the forward.
+        bind_off: (function) → the function tied to "off" unless it is tied already; asked before the recomputation,
+            for a forward that ran while nothing was installed.
+    """
+
+    def __init__(
+        self,
+        bind: Callable[[Callable[..., Any]], Callable[..., Any]],
+        bind_off: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        self._bind, self._bind_off = bind, bind_off
+
+    def install(self) -> None:
+        from torch.utils import checkpoint
+
+        bind, bind_off = self._bind, self._bind_off
+        self._forward = forward = checkpoint.CheckpointFunction.__dict__["forward"]
+        self._backward = backward = checkpoint.CheckpointFunction.__dict__["backward"]
+
+        def bound_forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+            return forward.__func__(ctx, bind(run_function), *args)
+
+        def bound_backward(ctx: Any, *grads: Any) -> Any:
+            ctx.run_function = bind_off(ctx.run_function)
+            return backward.__func__(ctx, *grads)
+
+        # Non-reentrant: the frame keeps its recomputation in an attribute, which becomes a property of the class.
+        def get(frame: Any) -> Callable[..., Any]:
+            return bind_off(frame.__dict__["recompute_fn"])
+
+        def put(frame: Any, function: Callable[..., Any]) -> None:
+            frame.__dict__["recompute_fn"] = bind(function)
+
+        checkpoint.CheckpointFunction.forward = staticmethod(bound_forward)
+        checkpoint.CheckpointFunction.backward = staticmethod(bound_backward)
+        checkpoint._CheckpointFrame.recompute_fn = property(get, put)
+
+    def uninstall(self) -> None:
+        from torch.utils import checkpoint
+
+        checkpoint.CheckpointFunction.forward = self._forward
+        checkpoint.CheckpointFunction.backward = self._backward
+        del checkpoint._CheckpointFrame.recompute_fn

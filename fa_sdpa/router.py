@@ -1,0 +1,377 @@
+"""One SDPA call → AttentionSpec → Decision → fa4 op or torch's own kernel, in eager mode and under torch.compile.
+
+Eager: ``sdpa`` below is the op's kernel while routing is on. Compiled: Dynamo asks ``routed_in_graph`` while it
+traces and puts either ``fa4::attention_fwd`` or the untouched SDPA call into its graph. ``sdpa`` never routes while
+a compiler traces, so what is compiled is a function of Dynamo's graph alone, and the compile caches on disk, which
+are keyed by that graph, can't return the other state's code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _torch_private as private
+from .meta.spec import AttentionSpec, Decision, Reason
+from .meta.target import Target
+from .ops import VERSION
+from .policy import decide
+from .state import OFF, current_token, policy_of, process, thread
+from .counts import Tally, tally
+
+log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
+_fa4 = torch.ops.fa4.attention_fwd.default
+_native = private.native_kernel()
+_PLAIN = (Tensor, Tensor, Tensor)
+
+
+class Call(NamedTuple):
+    """All that a decision depends on, without tensors. Sizes may be SymInts while a graph is traced."""
+
+    token: str
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    devices: tuple[torch.device, torch.device, torch.device]  # of query, key, value
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    mask: torch.dtype | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    needs_grad: bool
+    deterministic: bool
+    sdp_flags: tuple[bool, bool, bool, bool]
+    in_transform: bool  # torch.func
+    in_forward_ad: bool
+    in_trace: bool  # jit.trace, make_fx or export is recording
+    last_dim_contiguous: bool = True
+
+
+# ---- eager -----------------------------------------------------------------------------------------------------------
+
+_CACHED_CALLS = 4096
+_cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
+    token = thread.token or process.token
+    if token != OFF:
+        counted = _eager_tally(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if counted is not None:
+            counted[1]()
+            if counted[0]:
+                return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+    return _native(
+        private.KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _eager_tally(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tally | None:
+    """The tally that an eager call counts in, which says where it goes; None while a compiler traces the call."""
+    if getattr(private.compiler, "tracing_context", None) is not None:
+        return tally("eager", Decision("native", (_EXPORT,))) if torch.compiler.is_exporting() else None
+    if (type(query), type(key), type(value)) != _PLAIN and not _plain(query, key, value):
+        return _unusual(query, key, value)
+    try:
+        call = _call(token, query, key, value, *options)
+    except RuntimeError:  # a strided nested tensor is plain by its type, and has no shape
+        return _unusual(query, key, value)
+    counted = _cache.get(call) or _remember(call)
+    if counted[0] and not _rows_contiguous(query, key, value):
+        call = (*call, False)  # looked at in routed calls only: asking for three strides costs 0.4 µs
+        counted = _cache.get(call) or _remember(call)
+    return counted
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return all(type(x) is Tensor or type(x) is Parameter for x in (query, key, value))
+
+
+def _rows_contiguous(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return all(x.layout is torch.strided and x.stride(-1) == 1 for x in (query, key, value))
+
+
+def _call(
+    token: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Any, ...]:
+    """The fields of a Call but for the last, as a plain tuple: cheaper to make, and equal to it in a dict."""
+    return (
+        token,
+        query.shape,
+        key.shape,
+        value.shape,
+        (query.device, key.device, value.device),
+        (query.dtype, key.dtype, value.dtype),
+        None if attn_mask is None else attn_mask.dtype,
+        dropout_p,
+        is_causal,
+        scale,
+        enable_gqa,
+        torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+        torch.are_deterministic_algorithms_enabled(),
+        private.sdp_flags(),
+        private.functorch_interpreter() is not None,
+        private.forward_ad_active(),
+        private.tracing(),
+    )
+
+
+def _remember(call: tuple[Any, ...]) -> Tally:
+    decision = decide_call(Call(*call))
+    _say_once(Call(*call), decision)
+    counted = tally("eager", decision)
+    if len(_cache) >= _CACHED_CALLS:
+        _cache.clear()
+    _cache[call] = counted
+    return counted
+
+
+def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
+    nested = query.is_nested or key.is_nested or value.is_nested
+    return tally("eager", Decision("native", _unusual_types((type(query), type(key), type(value)), nested)))
+
+
+def _unusual_types(types: tuple[type, ...], nested: bool) -> tuple[Reason, ...]:
+    """Why query, key and value of these types stay with torch; empty if they are plain tensors."""
+    reasons = []
+    if nested:
+        reasons.append(Reason("nested", "a nested tensor"))
+    for tensor_type in dict.fromkeys(types):
+        if private.is_fake(tensor_type):
+            text = f"a {tensor_type.__name__}: the call is traced, or made for its shapes only"
+            reasons.append(Reason("tracing", text))
+        elif tensor_type is not Tensor and tensor_type is not Parameter:
+            reasons.append(Reason("tensor_subclass", f"a {tensor_type.__name__}, which is a subclass of Tensor"))
+    return tuple(reasons)
+
+
+_EXPORT = Reason("tracing", "torch.export is recording")
+
+
+# ---- the decision ----------------------------------------------------------------------------------------------------
+
+
+def decide_call(call: Call) -> Decision:
+    """Where a call goes, with every reason of a refusal."""
+    reasons = (*_circumstances(call), *_malformed(call))
+    if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
+        return Decision("native", reasons)  # no spec can be made of it
+    decision = decide(_spec(call), Target.of(call.devices[0]), policy_of(call.token))
+    if not reasons:
+        return decision
+    return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
+
+
+def _spec(call: Call) -> AttentionSpec:
+    batch, num_heads, seqlen_q, head_dim = call.query
+    return AttentionSpec(
+        call.dtypes[0],
+        batch,
+        num_heads,
+        call.value[1],
+        seqlen_q,
+        call.value[2],
+        head_dim,
+        call.value[3],
+        call.is_causal,
+        "none" if call.mask is None else "bool" if call.mask is torch.bool else "float",
+        call.dropout_p,
+        call.scale,
+        call.needs_grad,
+        call.deterministic,
+        call.last_dim_contiguous,
+    )
+
+
+_SDP_NAMES = ("flash", "mem_efficient", "math", "cudnn")
+
+
+def _circumstances(call: Call) -> list[Reason]:
+    """Why any call made here and now stays with torch."""
+    reasons = []
+    if not all(call.sdp_flags):
+        off = ", ".join(name for name, enabled in zip(_SDP_NAMES, call.sdp_flags, strict=True) if not enabled)
+        reasons.append(Reason("sdp_backends", f"the user has narrowed SDPA's backends: {off} disabled"))
+    if call.in_transform:
+        reasons.append(Reason("transform", "a torch.func transform is open"))
+    if call.in_forward_ad:
+        reasons.append(Reason("forward_ad", "a forward-mode AD level is open, and fa4 has no forward derivative"))
+    if call.in_trace:
+        reasons.append(Reason("tracing", "jit.trace, make_fx or torch.export is recording"))
+    return reasons
+
+
+def _malformed(call: Call) -> list[Reason]:
+    """What torch may refuse, or serve with its own broadcasting: its kernel and its words, not ours."""
+    reasons = []
+    if call.devices[1:] != call.devices[:1] * 2:
+        reasons.append(Reason("devices", f"query, key and value are on {', '.join(map(str, call.devices))}"))
+    if call.dtypes[1:] != call.dtypes[:1] * 2:
+        reasons.append(Reason("dtypes", f"query, key and value are {', '.join(map(str, call.dtypes))}"))
+    shapes = (call.query, call.key, call.value)
+    if any(len(shape) != 4 for shape in shapes):
+        return [*reasons, _shapes("not_4d", "only (B, H, S, D) inputs are routed", shapes)]
+    query, key, value = shapes
+    if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
+        reasons.append(_shapes("empty", "a size is 0", shapes))
+    elif not (
+        private.equal(query[0], key[0])
+        and private.equal(query[3], key[3])
+        and all(private.equal(a, b) for a, b in zip(key[:3], value[:3], strict=True))
+        and (private.equal(query[1], key[1]) or call.enable_gqa and private.equal(query[1] % key[1], 0))
+    ):
+        reasons.append(_shapes("shapes", "the shapes don't agree, or broadcast, or heads differ without enable_gqa", shapes))
+    return reasons
+
+
+def _shapes(code: str, what: str, shapes: tuple[torch.Size, torch.Size, torch.Size]) -> Reason:
+    return Reason(code, f"{what}: {', '.join(str(tuple(shape)) for shape in shapes)}")
+
+
+_said: set[str] = set()
+
+
+def _say_once(call: Call, decision: Decision) -> None:
+    if log.isEnabledFor(logging.DEBUG):
+        text = f"{_in_words(call)} -> {decision}"
+        if text not in _said:
+            _said.add(text)
+            log.debug("%s", text)
+
+
+def _in_words(call: Call) -> str:
+    shapes = " ".join("x".join(map(str, shape)) for shape in (call.query, call.key, call.value))
+    options = [name for name in ("is_causal", "enable_gqa", "needs_grad") if getattr(call, name)]
+    return f"{call.dtypes[0]} {call.devices[0]} {shapes}" + "".join(f" {name}" for name in options)
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def routed_in_graph(token: str, types: tuple[type, ...], arguments: dict[str, Any]) -> bool:
+    """Whether Dynamo, tracing under ``token``, is to put fa4 into its graph for one call.
+
+    Args:
+        types: of query, key and value, as the traced program sees them.
+        arguments: SDPA's, by name: fake tensors, SymInts, constants, or ``private.unknown``.
+    """
+    decision = _decide_in_graph(token, types, **arguments)
+    tally("compiled", decision).tick()
+    return decision.routed
+
+
+def _decide_in_graph(
+    token: str,
+    types: tuple[type, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Decision:
+    if torch.compiler.is_exporting():
+        return Decision("native", (_EXPORT,))
+    options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
+    unknown = [name for name, option in options.items() if not isinstance(option, (bool, int, float))]
+    if unknown:
+        return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unknown)}"),))
+    unusual = _unusual_types(types, query.is_nested or key.is_nested or value.is_nested)
+    if unusual:
+        return Decision("native", unusual)
+    known_scale = scale if isinstance(scale, float) else None  # a SymFloat is handed on, and decides nothing
+    fields = _call(token, query, key, value, attn_mask, dropout_p, is_causal, known_scale, enable_gqa)
+    dtypes = tuple(private.autocast_dtype(x) or x.dtype for x in (query, key, value))
+    call = Call(*fields)._replace(dtypes=dtypes, in_trace=False, last_dim_contiguous=_rows_contiguous(query, key, value))
+    try:
+        decision = decide_call(call)
+    except private.data_dependent_error() as error:
+        decision = Decision("native", (Reason("unbacked_size", f"depends on a size known only at run time: {error}"),))
+    _say_once(call, decision)
+    return decision
+
+
+def fa4_in_graph(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    autocast: tuple[torch.dtype | None, ...],
+) -> Tensor:
+    """What Dynamo traces in place of a routed call; ``autocast`` has the dtype to cast each tensor to, if any."""
+    query, key, value = (x if to is None else x.to(to) for x, to in zip((query, key, value), autocast))
+    return torch.ops.fa4.attention_fwd(query, key, value, is_causal=is_causal, scale=scale, version=VERSION)[0]
+
+
+def routes(token: str) -> bool:
+    """Whether calls may be routed under this token at all."""
+    return token != OFF
+
+
+# ---- what the user can ask -------------------------------------------------------------------------------------------
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Decision:
+    """What would happen to this SDPA call, made here and now, and every reason why; nothing runs.
+
+    Takes the arguments of ``torch.nn.functional.scaled_dot_product_attention`` and looks at everything that the
+    call itself would be decided by: the policy that holds in this thread, autocast, the enabled SDPA backends,
+    open transforms, whether gradients are needed. ``print`` it, or read ``.routed`` and ``.reasons``.
+    """
+    token = current_token()
+    others = conflicts()
+    unusual = _unusual_types((type(query), type(key), type(value)), query.is_nested or key.is_nested or value.is_nested)
+    off = () if routes(token) else (Reason("off", "routing is off here: fa_sdpa.enable() turns it on"),)
+    if unusual or off:
+        return Decision("native", (*off, *unusual, *others))
+    fields = _call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    dtypes = tuple(private.autocast_dtype(x) or x.dtype for x in (query, key, value))
+    call = Call(*fields, _rows_contiguous(query, key, value))._replace(dtypes=dtypes)
+    decision = decide_call(call)
+    return decision._replace(reasons=(*decision.reasons, *others))
+
+
+def conflicts() -> tuple[Reason, ...]:
+    """Others that are at work on SDPA in this process, and what that means."""
+    impl = private.active_flash_impl()
+    if impl is None:
+        return ()
+    text = f"torch's flash attention is replaced by {impl!r}: calls that fa_sdpa leaves to torch may run there"
+    return (Reason("other_flash_impl", text),)

@@ -1,0 +1,55 @@
+"""Who is on, and with which policy: one token for the process, one for each thread's innermost open block.
+
+A token is the repr of a frozen ``Policy``, or ``OFF``. Dynamo traces ``current_token`` and guards what it reads,
+so compiled code is tied to the policy it was traced under. That is why both holders are plain instances: torch
+2.11 guards instance attributes, not class attributes.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from ._torch_private import constant_while_tracing
+from .meta.crossover import Crossover
+from .policy import Policy
+
+OFF = "off"
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.token = ""  # "": no block is open in this thread, the process decides
+
+
+class _Process:
+    def __init__(self) -> None:
+        self.token = OFF
+
+
+thread = _Thread()
+process = _Process()
+_policies: dict[str, Policy] = {}
+
+
+def current_token() -> str:
+    """The token that holds for the calling thread."""
+    return thread.token or process.token
+
+
+def token_of(policy: str | Policy) -> str:
+    """The token of a policy or of a mode's name; ValueError from ``Policy`` if it is none."""
+    if isinstance(policy, Policy):
+        return _token(policy.mode, policy.crossover)
+    return _token(policy, None)
+
+
+@constant_while_tracing  # takes a policy apart, because Dynamo can pass its fields as constants, but not the policy
+def _token(mode: str, crossover: Crossover | None) -> str:
+    policy = Policy(mode, crossover)  # type: ignore[arg-type]
+    token = repr(policy)
+    _policies[token] = policy
+    return token
+
+
+def policy_of(token: str) -> Policy:
+    return _policies[token]
