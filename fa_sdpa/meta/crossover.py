@@ -75,7 +75,7 @@ class Crossover(NamedTuple):
         return cls(int(table["arch"]), str(table["provenance"]["source"]), tuple(rules))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def shipped(arch: int) -> Crossover | None:
     """The table that comes with this package for an arch, None where nobody has measured."""
     path = Path(__file__).parent / "tables" / f"sm{arch}.json"

@@ -6,61 +6,92 @@ compiled runs can't disagree. SymInt-safe: sizes are only handed on, or put thro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .spec import Options
 
-def check_fwd(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise what is wrong with the inputs of ``fa4::attention_fwd``; see its docstring for the rules."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        torch._check(x.dim() == 4, lambda: f"{name} must be (batch, heads, seqlen, head_dim), got {x.dim()} dimensions")
-        torch._check(
-            x.dtype == query.dtype and x.device == query.device,
-            lambda: f"{name} is {x.dtype} on {x.device}, query is {query.dtype} on {query.device}",
-        )
-        torch._check(x.size(0) == query.size(0), lambda: f"{name} has batch {x.size(0)}, query has {query.size(0)}")
-        torch._check(x.stride(3) == 1 or x.size(3) == 1, lambda: f"{name} must be contiguous in its last dimension")
-    torch._check(query.dtype.is_floating_point, lambda: f"query must be floating point, got {query.dtype}")
-    torch._check(key.size(3) == query.size(3), lambda: f"key has head_dim {key.size(3)}, query has {query.size(3)}")
-    torch._check(
-        key.size(1) == value.size(1) and key.size(2) == value.size(2),
-        lambda: f"key is {tuple(key.shape)}, value is {tuple(value.shape)}: heads and seqlen must agree",
-    )
-    torch._check(query.size(3) > 0 and value.size(3) > 0, lambda: "head_dim and head_dim_v must be positive")
+
+def check_fwd(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, options: Options) -> None:
+    """Raise RuntimeError if these can't be inputs of ``fa4::attention_fwd``; see its docstring for the rules."""
+    _check_one("query", query, query)
+    _check_one("key", key, query)
+    _check_one("value", value, query)
+    _check(query.dtype.is_floating_point, lambda: f"query must be floating point, got {query.dtype}")
+    _check(key.size(3) == query.size(3), lambda: f"key has head_dim {key.size(3)}, query has {query.size(3)}")
+    _check(key.size(1) == value.size(1), lambda: f"key has {key.size(1)} heads, value has {value.size(1)}")
+    _check(key.size(2) == value.size(2), lambda: f"key has seqlen {key.size(2)}, value has {value.size(2)}")
     num_heads, num_heads_kv = query.size(1), key.size(1)
-    torch._check(
-        num_heads == num_heads_kv or (num_heads_kv > 0 and num_heads % num_heads_kv == 0),
+    _check(
+        num_heads == num_heads_kv or (num_heads_kv != 0 and num_heads % num_heads_kv == 0),
         lambda: f"num_heads_kv ({num_heads_kv}) must divide num_heads ({num_heads})",
     )
+    _check_options(options)
+    if sink is not None:
+        _check(
+            sink.dim() == 1 and sink.size(0) == num_heads and sink.dtype.is_floating_point,
+            lambda: f"sink must be floating point ({num_heads},), got {sink.dtype} {tuple(sink.shape)}",
+        )
+        _check(sink.device == query.device, lambda: f"sink is on {sink.device}, query is on {query.device}")
 
 
-def check_bwd(dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Raise what is wrong with the inputs of ``fa4::attention_bwd``."""
-    check_fwd(query, key, value)
+def check_bwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sink: Tensor | None,
+    options: Options,
+) -> None:
+    """Raise RuntimeError if these can't be inputs of ``fa4::attention_bwd``."""
+    check_fwd(query, key, value, sink, options)
     expected = (*query.shape[:3], value.size(3))
-    for name, x in (("dout", dout), ("out", out)):
-        torch._check(x.shape == expected, lambda: f"{name} is {tuple(x.shape)}, expected {expected}")
-        torch._check(x.dtype == query.dtype, lambda: f"{name} is {x.dtype}, query is {query.dtype}")
-    torch._check(lse.shape == expected[:3], lambda: f"lse is {tuple(lse.shape)}, expected {expected[:3]}")
-    torch._check(lse.dtype == torch.float32, lambda: f"lse is {lse.dtype}, expected torch.float32")
+    _check(dout.shape == expected, lambda: f"dout is {tuple(dout.shape)}, expected {expected}")
+    _check(out.shape == expected, lambda: f"out is {tuple(out.shape)}, expected {expected}")
+    _check(lse.shape == expected[:3], lambda: f"lse is {tuple(lse.shape)}, expected {expected[:3]}")
+    _check(
+        dout.dtype == out.dtype == query.dtype and lse.dtype == torch.float32,
+        lambda: (
+            f"dout, out, lse are {dout.dtype}, {out.dtype}, {lse.dtype}; "
+            f"expected {query.dtype}, {query.dtype}, torch.float32"
+        ),
+    )
 
 
-def like_flash(x: Tensor) -> Tensor:
-    """An empty tensor with the layout that torch's flash op gives to an output shaped like ``x`` (B, H, S, D).
+def _check_one(name: str, x: Tensor, query: Tensor) -> None:
+    _check(x.dim() == 4, lambda: f"{name} must be (batch, heads, seqlen, head_dim), got {x.dim()} dimensions")
+    _check(x.dtype == query.dtype, lambda: f"{name} is {x.dtype}, query is {query.dtype}")
+    _check(x.device == query.device, lambda: f"{name} is on {x.device}, query is on {query.device}")
+    _check(x.size(0) == query.size(0), lambda: f"{name} has batch {x.size(0)}, query has {query.size(0)}")
+    _check(x.size(3) != 0, lambda: f"{name} has an empty last dimension")
+    _check(x.stride(3) == 1, lambda: f"{name} must be contiguous in its last dimension, stride is {x.stride(3)}")
 
-    torch allocates it as (B, S, H, D) and transposes back: dense, in the order of ``x``'s own strides.
-    """
-    return torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
+
+def _check_options(options: Options) -> None:
+    _check(options.softcap >= 0.0, lambda: f"softcap must be 0 (none) or positive, got {options.softcap}")
+    for window in (options.window_left, options.window_right):
+        if window is not None:
+            _check(window >= 0, lambda: "window_left and window_right must be None or at least 0")
+
+
+def _check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    if condition is not True:  # torch._check alone costs half a microsecond, and there are twenty of these
+        torch._check(condition, message)
 
 
 def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``out`` (B, H, Sq, Dv), in the memory order of ``query``, and ``lse`` (B, H, Sq), fp32."""
+    """Uninitialised ``out`` (B, H, Sq, Dv), laid out as torch's flash op does it,
+    dense in the order of query's strides, and ``lse`` (B, H, Sq), fp32."""
     batch, num_heads, seqlen_q, head_dim = query.shape
     head_dim_v = value.shape[3]
     if head_dim_v == head_dim:
-        out = like_flash(query)
+        out = torch.empty_like(query)
     else:  # the rows of query keep their order in memory, only their length changes
-        rows = like_flash(query[..., :1])
+        rows = torch.empty_like(query[..., :1])
         strides = [stride * head_dim_v for stride in rows.stride()[:3]]
         out = query.new_empty_strided((batch, num_heads, seqlen_q, head_dim_v), (*strides, 1))
     return out, query.new_empty((batch, num_heads, seqlen_q), dtype=torch.float32)
@@ -68,4 +99,4 @@ def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised ``dq``, ``dk``, ``dv``, each in the memory order of its input; expanded inputs get dense ones."""
-    return like_flash(query), like_flash(key), like_flash(value)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

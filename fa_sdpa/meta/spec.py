@@ -38,6 +38,30 @@ class Decision(NamedTuple):
         return f"{self.backend}: " + "; ".join(map(str, self.reasons))
 
 
+class Options(NamedTuple):
+    """What shapes the scores besides query and key: the keyword arguments that both ops share, with their defaults.
+
+    Row i is centred on key c = i, with ``bottom_right`` on c = i + Sk − Sq. It sees the keys c − window_left …
+    c + window_right, both ends included; None is no bound, and ``is_causal`` is a window_right of 0.
+    """
+
+    is_causal: bool = False
+    scale: float | None = None  # None: 1/sqrt(head_dim)
+    bottom_right: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    softcap: float = 0.0  # > 0: scores become softcap · tanh(scores / softcap)
+
+    def bounds(self, seqlen_q: int, seqlen_k: int) -> tuple[int | None, int | None]:
+        """(left, right): row i sees the keys i + left … i + right; None is no bound."""
+        centre = seqlen_k - seqlen_q if self.bottom_right else 0
+        left = None if self.window_left is None else centre - self.window_left
+        reach = 0 if self.is_causal else self.window_right
+        if self.is_causal and self.window_right is not None:
+            reach = min(0, self.window_right)
+        return left, None if reach is None else centre + reach
+
+
 class AttentionSpec(NamedTuple):
     """What one SDPA call asks for, without its tensors.
 
@@ -59,6 +83,10 @@ class AttentionSpec(NamedTuple):
     needs_grad: bool = False
     deterministic: bool = False  # torch.are_deterministic_algorithms_enabled()
     last_dim_contiguous: bool = True  # of query, key and value alike
+    bottom_right: bool = False  # from here on: see Options
+    window: bool = False
+    softcap: float = 0.0
+    sink: bool = False
 
     @classmethod
     def of(
@@ -71,8 +99,14 @@ class AttentionSpec(NamedTuple):
         is_causal: bool = False,
         scale: float | None = None,
         needs_grad: bool = False,
+        *,
+        bottom_right: bool = False,
+        window_left: int | None = None,
+        window_right: int | None = None,
+        softcap: float = 0.0,
+        sink: bool = False,
     ) -> AttentionSpec:
-        """The spec of a call with these tensors. Their shapes must agree: check before, or let torch raise."""
+        """The spec of a call with these tensors, whose shapes must agree, and these options."""
         batch, num_heads, seqlen_q, head_dim = query.shape
         _, num_heads_kv, seqlen_k, head_dim_v = value.shape
         return cls(
@@ -91,4 +125,8 @@ class AttentionSpec(NamedTuple):
             needs_grad,
             torch.are_deterministic_algorithms_enabled(),
             query.stride(3) == key.stride(3) == value.stride(3) == 1,
+            bottom_right,
+            window_left is not None or window_right is not None,
+            softcap,
+            sink,
         )

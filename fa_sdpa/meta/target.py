@@ -30,12 +30,12 @@ class Target(NamedTuple):
         return _plain_target(device.type)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _plain_target(device_type: str) -> Target:
     return Target(device_type, name=device_type)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _cuda_target(index: int) -> Target:
     if torch.version.hip is not None:
         return Target("hip", name=torch.cuda.get_device_name(index))
@@ -45,7 +45,7 @@ def _cuda_target(index: int) -> Target:
         props.major * 10 + props.minor,
         props.name,
         props.multi_processor_count,
-        props.shared_memory_per_block_optin,
+        props.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         missing_on_host(),
     )
 

@@ -3,8 +3,8 @@
     S = scale · Q Kᵀ + mask        P = softmax(S)        O = P V        lse = log Σ_j exp S_ij
     dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − Σ dO∘O)      dQ = scale · dS K      dK = scale · dSᵀ Q
 
-(FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.) What SDPA asks beyond this comes as further keyword
-arguments with defaults (attn_mask, window, softcap, bottom-right alignment), which torch's schema rules let us append.
+(FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.) The schemas grow by keyword arguments with defaults, which
+torch's rules let us append; attn_mask is the next.
 
 The Autograd kernels are written by hand rather than by ``torch.library.register_autograd``: the same graph for
 6 and 13 µs a call (without and with gradients) instead of 16 and 27.
@@ -13,7 +13,6 @@ The Autograd kernels are written by hand rather than by ``torch.library.register
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from .. import kernels
 from ..kernels import launch
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
-from ..meta.spec import AttentionSpec, Reason
+from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
 
 # Revision of the autograd formula. Callers that trace pass it explicitly: compile caches on disk are keyed by the
@@ -31,19 +30,23 @@ from ..meta.target import Target
 VERSION = 1
 
 _lib = torch.library.Library("fa4", "DEF")
-_OPTIONS = f"*, bool is_causal=False, float? scale=None, int version={VERSION}"
+_OPTIONS = (  # the fields and defaults of meta.spec.Options
+    "bool is_causal=False, float? scale=None, bool bottom_right=False, SymInt? window_left=None, "
+    f"SymInt? window_right=None, float softcap=0.0, int version={VERSION}"
+)
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _lib.define(
-    f"attention_fwd(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor out, Tensor lse)", tags=_tags
+    "attention_fwd(Tensor query, Tensor key, Tensor value, *, Tensor? sink=None, "
+    f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
+    tags=_tags,
 )
 _lib.define(
     "attention_bwd(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"*, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_tags,
 )
 _fwd = torch.ops.fa4.attention_fwd.default
 _bwd = torch.ops.fa4.attention_bwd.default
-_unsupported = lru_cache(maxsize=4096)(kernels.unsupported)
 
 
 def attention_fwd(
@@ -51,28 +54,49 @@ def attention_fwd(
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
     *,
+    sink: Tensor | None = None,  # (H,), floating
     is_causal: bool = False,
     scale: float | None = None,
+    bottom_right: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention forward on the kernel of the inputs' device; differentiable in query, key and value.
+    """Attention forward on the kernel of the inputs' device; differentiable in query, key, value and sink.
 
     Args:
         query, key, value: one floating dtype and device, any strides with a contiguous last dimension. H_kv divides
             H: query head h reads key/value head h // (H / H_kv). CPU: fp64, fp32, bf16, fp16. CUDA: what
             ``fa_sdpa.explain`` lists for the GPU.
+        sink: a score by head that joins every row's softmax with a value of 0 (arXiv:2309.17453, learnable as in
+            gpt-oss); part of lse.
         is_causal: query row i sees keys 0 … i, aligned at the top left as in torch's SDPA, also where Sq ≠ Sk.
         scale: factor of Q Kᵀ; None is 1/√D.
+        bottom_right: align is_causal and the window at the bottom right instead: row i stands at key i + Sk − Sq.
+        window_left, window_right: how many keys a row sees on either side of where it stands; None is all of them.
+        softcap: if > 0, scores become softcap · tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
 
     Returns:
         out (B, H, Sq, Dv) in query's dtype and memory layout, and lse (B, H, Sq) in fp32, natural log, which is not
         differentiable. A row that sees no key has out = 0 and lse = −inf.
 
     Raises:
-        RuntimeError: inputs that break the rules above.
+        RuntimeError: inputs that break the rules above; a double backward; torch.func and forward-mode derivatives.
         NotImplementedError: no kernel runs this call here; the message lists every reason. There is no fallback:
             that is the router's business.
     """
-    return torch.ops.fa4.attention_fwd(query, key, value, is_causal=is_causal, scale=scale)
+    return torch.ops.fa4.attention_fwd(
+        query,
+        key,
+        value,
+        sink=sink,
+        is_causal=is_causal,
+        scale=scale,
+        bottom_right=bottom_right,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+    )
 
 
 def attention_bwd(
@@ -85,69 +109,109 @@ def attention_bwd(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    bottom_right: bool = False,
+    window_left: int | None = None,
+    window_right: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention_fwd``: (dq, dk, dv), shaped, typed and laid out like query, key and value.
 
-    Not differentiable itself: a double backward raises. Raises as ``attention_fwd`` does.
+    The sink needs no argument, being part of lse. Not differentiable itself. Raises as ``attention_fwd`` does.
     """
-    return torch.ops.fa4.attention_bwd(dout, query, key, value, out, lse, is_causal=is_causal, scale=scale)
+    return torch.ops.fa4.attention_bwd(
+        dout,
+        query,
+        key,
+        value,
+        out,
+        lse,
+        is_causal=is_causal,
+        scale=scale,
+        bottom_right=bottom_right,
+        window_left=window_left,
+        window_right=window_right,
+        softcap=softcap,
+    )
 
 
 # ---- implementations -------------------------------------------------------------------------------------------------
+# The dispatcher leaves out keyword arguments that equal their default, so ``options`` holds the others: the fields of
+# Options that were set, and ``version``.
 
 
-def _require_kernel(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float | None, needs_grad: bool) -> None:
-    """Raise with every reason why no kernel can run this call on its device."""
-    spec = AttentionSpec.of(q, k, v, is_causal=is_causal, scale=scale, needs_grad=needs_grad)
-    reasons = _unsupported(spec, Target.of(q.device))
-    if reasons:
-        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
-
-
-def _check_version(version: int) -> None:
+def _options(version: int = VERSION, **options: Any) -> Options:
     if version != VERSION:
         raise RuntimeError(f"fa4: this graph holds version {version} of the formulas, installed is {VERSION}")
+    return Options(**options)
 
 
-def _forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def impl(query, key, value, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-        _check_version(version)
-        shapes.check_fwd(query, key, value)
-        _require_kernel(query, key, value, is_causal, scale, needs_grad=False)
-        return run(query, key, value, is_causal=is_causal, scale=scale)
-
-    return impl
+_admitted: set[tuple[Any, ...]] = set()  # what is known of calls that passed; looking it up costs a tenth of checking
 
 
-def _backward(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    def impl(dout, query, key, value, out, lse, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-        _check_version(version)
-        shapes.check_bwd(dout, query, key, value, out, lse)
-        _require_kernel(query, key, value, is_causal, scale, needs_grad=True)
-        return run(dout, query, key, value, out, lse, is_causal=is_causal, scale=scale)
+def _admit(
+    check: Callable[..., None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *others: Tensor,  # those of the backward
+    sink: Tensor | None,
+    options: Options,
+) -> None:
+    """Raise what ``check`` finds wrong with a call, or every reason why no kernel can run it on its device."""
+    facts = (
+        *((x.shape, x.dtype, x.device, x.stride(-1)) for x in (query, key, value, *others)),
+        sink is not None and (sink.shape, sink.dtype, sink.device),
+        options,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    if facts in _admitted:
+        return
+    check(query, key, value, *others, sink, options)
+    spec = AttentionSpec.of(query, key, value, needs_grad=bool(others), sink=sink is not None, **options._asdict())
+    reasons = kernels.unsupported(spec, Target.of(query.device))
+    if reasons:
+        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
+    if len(_admitted) >= 4096:
+        _admitted.clear()
+    _admitted.add(facts)
 
-    return impl
+
+@torch.library.impl(_lib, "attention_fwd", "CPU")
+def _fwd_cpu(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    options = _options(**kwargs)
+    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
+    return cpu.attention_fwd(query, key, value, sink, options)
 
 
-def _no_backward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    raise AssertionError("unreachable: no CUDA family has a backward kernel, so _require_kernel has raised")
+@torch.library.impl(_lib, "attention_bwd", "CPU")
+def _bwd_cpu(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
+    options = _options(**kwargs)
+    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
+    return cpu.attention_bwd(dout, query, key, value, out, lse, options)
 
 
-_lib.impl("attention_fwd", _forward(cpu.attention_fwd), "CPU")
-_lib.impl("attention_bwd", _backward(cpu.attention_bwd), "CPU")
-_lib.impl("attention_fwd", _forward(launch.attention_fwd), "CUDA")
-_lib.impl("attention_bwd", _backward(_no_backward), "CUDA")
+@torch.library.impl(_lib, "attention_fwd", "CUDA")
+def _fwd_cuda(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    options = _options(**kwargs)
+    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
+    return launch.attention_fwd(query, key, value, is_causal=options.is_causal, scale=options.scale)
+
+
+@torch.library.impl(_lib, "attention_bwd", "CUDA")
+def _bwd_cuda(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
+    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=_options(**kwargs))
+    raise AssertionError("unreachable: no CUDA family has a backward kernel, so the line above has raised")
 
 
 @torch.library.register_fake("fa4::attention_fwd", lib=_lib)
-def _fwd_fake(query, key, value, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-    shapes.check_fwd(query, key, value)
+def _fwd_fake(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    shapes.check_fwd(query, key, value, sink, _options(**kwargs))
     return shapes.empty_out_lse(query, value)
 
 
 @torch.library.register_fake("fa4::attention_bwd", lib=_lib)
-def _bwd_fake(dout, query, key, value, out, lse, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-    shapes.check_bwd(dout, query, key, value, out, lse)
+def _bwd_fake(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
+    shapes.check_bwd(query, key, value, dout, out, lse, None, _options(**kwargs))
     return shapes.empty_grads(query, key, value)
 
 
@@ -156,37 +220,35 @@ def _bwd_fake(dout, query, key, value, out, lse, *, is_causal=False, scale=None,
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, is_causal, scale, version):  # type: ignore[no-untyped-def]
+    def forward(ctx, query, key, value, sink, kwargs):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return _fwd(query, key, value, is_causal=is_causal, scale=scale, version=version)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        query, key, value, *ctx.options = inputs
-        ctx.save_for_backward(query, key, value, *output)
-        ctx.mark_non_differentiable(output[1])
+            out, lse = _fwd(query, key, value, sink=sink, **kwargs)
+        ctx.save_for_backward(query, key, value, out, lse, sink)
+        ctx.kwargs = kwargs
+        ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     def backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
         if dout is None:
-            return (None,) * 6
-        is_causal, scale, version = ctx.options
-        grads = _bwd(dout, *ctx.saved_tensors, is_causal=is_causal, scale=scale, version=version)
-        return (*grads, None, None, None)
+            return (None,) * 5
+        query, key, value, out, lse, sink = ctx.saved_tensors
+        dq, dk, dv = _bwd(dout, query, key, value, out, lse, **ctx.kwargs)
+        dsink = None
+        if ctx.needs_input_grad[3]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
+            p = torch.exp(sink.to(lse.dtype)[:, None] - lse)
+            dsink = -(p * (dout * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sink.dtype)
+        return dq, dk, dv, dsink, None
 
 
 class _AttentionBackward(torch.autograd.Function):
     """Runs attention_bwd under create_graph=True; raises only if somebody does differentiate the gradients."""
 
     @staticmethod
-    def forward(dout, query, key, value, out, lse, is_causal, scale, version):  # type: ignore[no-untyped-def]
+    def forward(ctx, dout, query, key, value, out, lse, kwargs):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return _bwd(dout, query, key, value, out, lse, is_causal=is_causal, scale=scale, version=version)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        pass
+            return _bwd(dout, query, key, value, out, lse, **kwargs)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -196,23 +258,27 @@ class _AttentionBackward(torch.autograd.Function):
         )
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether a derivative of a call on these tensors may be asked for; raises where we could not give it."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "fa4::attention_fwd takes no part in torch.func transforms and forward-mode AD: call "
+            "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
+        )
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def _fwd_autograd(query, key, value, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-    if _needs_grad(query, key, value):
-        return _Attention.apply(query, key, value, is_causal, scale, version)
+@torch.library.impl(_lib, "attention_fwd", "Autograd")
+def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    if _is_recorded(query, key, value, sink):
+        return _Attention.apply(query, key, value, sink, kwargs)
     with torch._C._AutoDispatchBelowAutograd():
-        return _fwd(query, key, value, is_causal=is_causal, scale=scale, version=version)
+        return _fwd(query, key, value, sink=sink, **kwargs)
 
 
-def _bwd_autograd(dout, query, key, value, out, lse, *, is_causal=False, scale=None, version=VERSION):  # type: ignore[no-untyped-def]
-    if _needs_grad(dout, query, key, value, out):
-        return _AttentionBackward.apply(dout, query, key, value, out, lse, is_causal, scale, version)
+@torch.library.impl(_lib, "attention_bwd", "Autograd")
+def _bwd_autograd(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
+    if _is_recorded(dout, query, key, value, out):
+        return _AttentionBackward.apply(dout, query, key, value, out, lse, kwargs)
     with torch._C._AutoDispatchBelowAutograd():
-        return _bwd(dout, query, key, value, out, lse, is_causal=is_causal, scale=scale, version=version)
-
-
-_lib.impl("attention_fwd", _fwd_autograd, "Autograd")
-_lib.impl("attention_bwd", _bwd_autograd, "Autograd")
+        return _bwd(dout, query, key, value, out, lse, **kwargs)

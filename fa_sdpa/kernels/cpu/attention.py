@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...meta import shapes
+from ...meta.spec import Options
 from .config import TILE_M, TILE_N
 
 
@@ -20,24 +21,23 @@ def attention_fwd(
     query: Tensor,  # (B, H, Sq, D)
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
-    *,
-    is_causal: bool,
-    scale: float | None,
+    sink: Tensor | None,  # (H,)
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, Sq, Dv) and lse (B, H, Sq); FlashAttention-2, arXiv:2307.08691, algorithm 1."""
     out, lse = shapes.empty_out_lse(query, value)
-    if out.numel() == 0 and lse.numel() == 0:
+    if lse.numel() == 0:
         return out, lse
-    scale = 1.0 / math.sqrt(query.size(3)) if scale is None else scale
-    heads_kv, seqlen_k = key.shape[1:3]
-    for m in _blocks(query.size(2), TILE_M):
+    heads, heads_kv = query.size(1), key.size(1)
+    for m in _blocks(0, query.size(2), TILE_M):
         q = _rows(query[:, :, m], heads_kv)  # (B, H_kv, G·M, D)
-        rows = q.shape[:3]
-        acc = q.new_zeros((*rows, value.size(3)))
-        row_max = q.new_full((*rows, 1), -math.inf)
-        row_sum = q.new_zeros((*rows, 1))
-        for n in _blocks(min(seqlen_k, m.stop) if is_causal else seqlen_k, TILE_N):
-            scores = _scores(q, key[:, :, n].to(q.dtype), m, n, is_causal, scale)
+        acc = q.new_zeros((*q.shape[:3], value.size(3)))
+        row_max = q.new_full((*q.shape[:3], 1), -math.inf)
+        if sink is not None:  # one more key, with this score and a value of 0
+            row_max = _rows(sink.view(1, -1, 1, 1).expand(len(query), -1, m.stop - m.start, 1), heads_kv)
+        row_sum = (row_max > -math.inf).to(q.dtype)
+        for n in _key_blocks(m, query.size(2), key.size(2), options):
+            scores, _ = _scores(q, key[:, :, n].to(q.dtype), m, n, query.size(2), key.size(2), options)
             new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
             safe_max = new_max.masked_fill(new_max == -math.inf, 0.0)  # a row that saw no key yet: exp(−inf − 0) = 0
             p = torch.exp(scores - safe_max)
@@ -45,8 +45,8 @@ def attention_fwd(
             row_sum = row_sum * rescale + p.sum(-1, keepdim=True)
             acc = acc * rescale + p @ value[:, :, n].to(q.dtype)
             row_max = new_max
-        out[:, :, m] = _heads(acc / row_sum.masked_fill(row_sum == 0.0, 1.0), query.size(1)).to(out.dtype)
-        lse[:, :, m] = _heads(row_max + torch.log(row_sum), query.size(1)).squeeze(-1)
+        out[:, :, m] = _heads(acc / row_sum.masked_fill(row_sum == 0.0, 1.0), heads).to(out.dtype)
+        lse[:, :, m] = _heads(row_max + torch.log(row_sum), heads).squeeze(-1)
     return out, lse
 
 
@@ -56,40 +56,44 @@ def attention_bwd(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,  # (B, H, Sq)
-    *,
-    is_causal: bool,
-    scale: float | None,
+    lse: Tensor,  # (B, H, Sq); a sink needs nothing else here: it is part of lse
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv; FlashAttention-2, arXiv:2307.08691, algorithm 2."""
-    grads = dq, dk, dv = shapes.empty_grads(query, key, value)
-    scale = 1.0 / math.sqrt(query.size(3)) if scale is None else scale
-    heads, heads_kv, seqlen_k = query.size(1), *key.shape[1:3]
+    dq, dk, dv = shapes.empty_grads(query, key, value)
+    heads, heads_kv = query.size(1), key.size(1)
     work = torch.promote_types(query.dtype, torch.float32)
-    if heads_kv == 0 or heads == 0:
-        return tuple(g.zero_() for g in grads)  # type: ignore[return-value]
     dk_acc, dv_acc = (torch.zeros(x.shape, dtype=work, device=x.device) for x in (key, value))
-    for m in _blocks(query.size(2), TILE_M):
+    for m in _blocks(0, query.size(2) if query.numel() else 0, TILE_M):
         q, do, o = (_rows(x[:, :, m], heads_kv) for x in (query, dout, out))
         row_lse = _rows(lse[:, :, m, None], heads_kv).to(work)
         row_lse = row_lse.masked_fill(row_lse == -math.inf, math.inf)  # a row that saw no key: P = exp(−inf) = 0
         delta = (do * o).sum(-1, keepdim=True)
         dq_acc = torch.zeros_like(q)
-        for n in _blocks(min(seqlen_k, m.stop) if is_causal else seqlen_k, TILE_N):
+        for n in _key_blocks(m, query.size(2), key.size(2), options):
             k, v = key[:, :, n].to(work), value[:, :, n].to(work)
-            p = torch.exp(_scores(q, k, m, n, is_causal, scale) - row_lse)
-            ds = p * (do @ v.mT - delta)
+            scores, slope = _scores(q, k, m, n, query.size(2), key.size(2), options)
+            p = torch.exp(scores - row_lse)
+            ds = p * (do @ v.mT - delta) * slope
             dv_acc[:, :, n] += p.mT @ do
             dk_acc[:, :, n] += ds.mT @ q
             dq_acc += ds @ k
-        dq[:, :, m] = _heads(dq_acc * scale, heads).to(dq.dtype)
-    dk.copy_(dk_acc * scale)
+        dq[:, :, m] = _heads(dq_acc, heads).to(dq.dtype)
+    dk.copy_(dk_acc)
     dv.copy_(dv_acc)
     return dq, dk, dv
 
 
-def _blocks(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+def _blocks(start: int, stop: int, size: int) -> Iterator[slice]:
+    return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
+
+
+def _key_blocks(m: slice, seqlen_q: int, seqlen_k: int, options: Options) -> Iterator[slice]:
+    """The blocks of keys that some query row of block ``m`` sees."""
+    left, right = options.bounds(seqlen_q, seqlen_k)
+    start = 0 if left is None else max(0, m.start + left)
+    stop = seqlen_k if right is None else min(seqlen_k, m.stop + right)
+    return _blocks(start, stop, TILE_N)
 
 
 def _rows(x: Tensor, heads_kv: int) -> Tensor:
@@ -104,11 +108,24 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, heads, rows * heads_kv // heads, d)
 
 
-def _scores(q: Tensor, k: Tensor, m: slice, n: slice, is_causal: bool, scale: float) -> Tensor:
-    """scale · Q Kᵀ of one block, −inf where key j > query i."""
+def _scores(
+    q: Tensor, k: Tensor, m: slice, n: slice, seqlen_q: int, seqlen_k: int, options: Options
+) -> tuple[Tensor, Tensor | float]:
+    """Scores of one block, −inf where a row does not see a key, and their derivative by Q Kᵀ."""
+    scale = 1.0 / math.sqrt(q.size(3)) if options.scale is None else options.scale
     scores = (q @ k.mT) * scale
-    if is_causal and n.stop > m.start + 1:
-        i = torch.arange(m.start, m.stop, device=q.device).repeat(scores.size(2) // (m.stop - m.start))
-        j = torch.arange(n.start, n.stop, device=q.device)
-        scores.masked_fill_(j[None, :] > i[:, None], -math.inf)
-    return scores
+    slope: Tensor | float = scale
+    if options.softcap > 0.0:
+        tanh = torch.tanh(scores / options.softcap)
+        scores, slope = tanh * options.softcap, (1.0 - tanh * tanh) * scale
+    left, right = options.bounds(seqlen_q, seqlen_k)
+    if left is None and right is None:
+        return scores, slope
+    i = torch.arange(m.start, m.stop, device=q.device).repeat(scores.size(2) // (m.stop - m.start))[:, None]
+    j = torch.arange(n.start, n.stop, device=q.device)[None, :]
+    hidden = torch.zeros((), dtype=torch.bool, device=q.device)
+    if left is not None:
+        hidden = hidden | (j < i + left)
+    if right is not None:
+        hidden = hidden | (j > i + right)
+    return scores.masked_fill(hidden, -math.inf), slope

@@ -1,0 +1,71 @@
+"""Writes the tables of README.md from benchmarks/results/*.json, so that no number in it is typed by hand.
+
+python benchmarks/readme_numbers.py           rewrite what stands between <!-- NAME.json --> and <!-- end -->
+python benchmarks/readme_numbers.py --check   exit status 1 where README.md differs from that
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from provenance import RESULTS, ROOT
+
+README = ROOT / "README.md"
+BLOCK = re.compile(r"(<!-- (\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+def forward(content: dict[str, Any]) -> str:
+    """Ours against the contenders, one row per head dim and mask, one column per seqlen."""
+    cells = content["results"]
+    seqlens = sorted({cell["seqlen"] for cell in cells})
+    peers = [name for name in ("torch", "flash2", "fa4") if name in cells[0]]
+    rows: dict[str, list[str]] = {}
+    for cell in sorted(cells, key=lambda cell: (cell["head_dim"], cell["is_causal"], cell["seqlen"])):
+        entry = "/".join(f"{cell[name]:.0f}" for name in ("ours", *peers))
+        rows.setdefault(f"d{cell['head_dim']} {'causal' if cell['is_causal'] else 'full'}", []).append(entry)
+    header = [f"{content['unit']}: fa_sdpa/{'/'.join(peers)}", *map(str, seqlens)]
+    return markdown(header, [[name, *entries] for name, entries in rows.items()])
+
+
+def llama(content: dict[str, Any]) -> str:
+    """Tokens per second of examples/llama.py --eval, without and with us."""
+    rows = []
+    for plain, ours in zip(content["results"][::2], content["results"][1::2], strict=True):
+        rates = plain["tokens_per_second"], ours["tokens_per_second"]
+        rows.append([plain["mode"], *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}×"])
+    return markdown(["tokens/s", "torch", "fa_sdpa", "ratio"], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"sm90_forward_h100": forward, "llama_eval_h100": llama}
+
+
+def block(name: str) -> str:
+    """The table of one result file and where it was measured."""
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    content = json.loads(path.read_text())
+    about = content["provenance"]
+    machine = f"{about['device']}, torch {about['torch']}, cuDNN {about['cudnn']}, {about['date']}"
+    return f"{TABLES[name](content)}\n{machine}, commit {about['commit']} ([{path.name}]({path.relative_to(ROOT)})).\n"
+
+
+def main() -> None:
+    text = README.read_text()
+    fresh = BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], text)
+    if "--check" not in sys.argv[1:]:
+        README.write_text(fresh)
+    elif fresh != text:
+        sys.exit("README.md is out of date: python benchmarks/readme_numbers.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Static persistent tile schedule: which tile CTA ``c`` of ``g`` works on in its ``step``-th turn.
+
+Three orders, each chosen for balance between CTAs and for what the CTAs of one wave share in L2:
+
+    all tiles cost the same   tile step · g + c; the query blocks of a head are neighbours, so a wave shares few heads' K, V
+    longest first (causal)    the last query block of every head, then the one before, …; every second wave is dealt out
+                              in reverse, so that no CTA always gets the dearer tile. A wave touches every head's K, V:
+                              right while those fit in L2, or are few enough for several CTAs to read each together
+    paired (causal)           unit (step // 2) · g + c is a query block and its mirror image in the same head, which
+                              together always cost the same; neighbours share a head as in the first order
+"""
+
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32, Int64
+
+L2_BYTES = 24 << 20  # of keys and values that may be live at once: half of an H100's L2
+SHARED_HEADS = 40  # with this many key/value heads or fewer, a wave of 132 CTAs reads each about three times
+
+
+class Tiles(NamedTuple):
+    """The work of a launch: ``num_m_blocks`` query blocks of each of ``num_heads`` heads of ``num_batch`` sequences."""
+
+    num_m_blocks: Int32
+    num_heads: Int32
+    num_batch: Int32
+    paired: Boolean  # of the two causal orders
+
+    @property
+    def total(self) -> Int32:
+        return self.num_m_blocks * self.num_heads * self.num_batch
+
+
+def spills_l2(num_kv_heads: Int32, seqlen_k: Int32, bytes_per_key: int) -> Boolean:
+    """Whether the longest-first order would read K and V from memory again and again."""
+    return (num_kv_heads > SHARED_HEADS) & (Int64(num_kv_heads) * seqlen_k * bytes_per_key > L2_BYTES)
+
+
+@cute.jit
+def find_tile(
+    step: Int32, tiles: Tiles, is_causal: cutlass.Constexpr[bool]
+) -> tuple[Int32, Boolean, Int32, Int32, Int32]:
+    """``(step, is_valid, m_block, head, batch)`` of this CTA's tile in ``step``, or in the next one that has a tile.
+
+    The CTA is done at the first tile that is not valid.
+    """
+    cta, _, _ = cute.arch.block_idx()
+    num_ctas, _, _ = cute.arch.grid_dim()
+    blocks, sequences = tiles.num_m_blocks, tiles.num_heads * tiles.num_batch
+    index = step * num_ctas + cta
+    m_block, sequence = index % blocks, index // blocks
+    if cutlass.const_expr(is_causal):
+        if tiles.paired:
+            pairs = (blocks + 1) // 2
+            unit = step // 2 * num_ctas + cta
+            if step % 2 == 1 and unit % pairs * 2 == blocks - 1:  # the middle one of an odd number is its own mirror image
+                step += 1
+                unit += num_ctas
+            m_block = blocks - 1 - unit % pairs if step % 2 == 0 else unit % pairs
+            sequence = unit // pairs
+        else:
+            index = step * num_ctas + (cta if step % 2 == 0 else num_ctas - 1 - cta)
+            m_block = blocks - 1 - index // sequences
+            sequence = index % sequences
+    is_valid = (sequence < sequences) & (m_block >= 0)
+    return step, is_valid, m_block, sequence % tiles.num_heads, sequence // tiles.num_heads

@@ -1,0 +1,66 @@
+"""KernelKey: everything that changes the generated code of one kernel, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+DTYPES = ("bf16", "fp16")
+DIRECTIONS = ("forward",)
+_NAME = re.compile(
+    r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
+    r"_(?P<mask>full|causal)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelKey:
+    """One compiled kernel. Sequence lengths, batch, heads, strides and scale are arguments of the kernel, not of its code.
+
+    Raises ValueError for a value that no kernel can have; what one family can run is its ``config``'s business.
+    """
+
+    direction: str  # "forward"
+    arch: int  # compute capability times ten
+    dtype: str  # of DTYPES
+    head_dim: int
+    head_dim_v: int
+    is_causal: bool
+    tile_m: int  # query rows per CTA
+    tile_n: int  # keys per block
+    stages: int  # K and V blocks in flight
+
+    def __post_init__(self) -> None:
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"{self.direction=} must be one of {DIRECTIONS}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.dtype=} must be one of {DTYPES}")
+        for name in ("head_dim", "head_dim_v"):
+            if getattr(self, name) <= 0 or getattr(self, name) % 8:
+                raise ValueError(f"self.{name}={getattr(self, name)} must be a positive multiple of 8")
+        if self.tile_m <= 0 or self.tile_m % 16:
+            raise ValueError(f"{self.tile_m=} must be a positive multiple of 16")
+        if self.tile_n <= 0 or self.tile_n % 16:
+            raise ValueError(f"{self.tile_n=} must be a positive multiple of 16")
+        if self.stages < 1:
+            raise ValueError(f"{self.stages=} must be at least 1")
+
+    @property
+    def name(self) -> str:
+        """Stable name: the exported function, the manifest's entry, the cache's key."""
+        mask = "causal" if self.is_causal else "full"
+        return (
+            f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
+            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}"
+        )
+
+    @classmethod
+    def parse(cls, name: str) -> KernelKey:
+        """The key of a name; ValueError if ``name`` is not one."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name!r} is not a kernel name")
+        values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in match.groupdict().items()}
+        values["is_causal"] = values.pop("mask") == "causal"
+        return cls(**values)

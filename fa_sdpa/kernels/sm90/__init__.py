@@ -1,0 +1,1 @@
+"""Hopper kernels: TMA, WGMMA, warp specialisation."""
