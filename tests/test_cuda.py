@@ -27,13 +27,6 @@ pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 fwd = torch.ops.fa4.attention_fwd
 
 
-@pytest.fixture(autouse=True)
-def _off_afterwards():
-    yield
-    fa_sdpa.disable()
-    torch._dynamo.reset()
-
-
 def inputs(batch=2, heads=4, heads_kv=2, sq=257, sk=257, d=64, dtype=torch.bfloat16, requires_grad=False):
     """BSHD memory seen as BHSD."""
     sizes = ((batch, sq, heads, d), (batch, sk, heads_kv, d), (batch, sk, heads_kv, d))
@@ -54,7 +47,7 @@ def assert_within_bound(actual, q, k, v, is_causal):
 def test_routed_call_keeps_the_error_bound(sq, sk, dtype, is_causal):
     for heads, heads_kv, d in ((7, 1, 64), (4, 4, 128)):
         q, k, v = inputs(heads=heads, heads_kv=heads_kv, sq=sq, sk=sk, d=d, dtype=dtype)
-        fa_sdpa.stats.reset()
+        fa_sdpa.reset_stats()
         with fa_sdpa.enable("always"):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=heads != heads_kv)
         assert fa_sdpa.stats().routed == 1
@@ -105,7 +98,7 @@ def test_opcheck():
 
 def test_training_is_left_to_torch_with_the_reason():
     q, k, v = inputs(requires_grad=True)
-    fa_sdpa.stats.reset()
+    fa_sdpa.reset_stats()
     with fa_sdpa.enable("always"):
         F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
         assert q.grad is not None and fa_sdpa.stats().routed == 0
@@ -132,7 +125,7 @@ def test_compiled_fullgraph(mode):
     q, k, v = inputs(sq=512, sk=512, d=128)
     with torch.no_grad():
         native = block(q, k, v)
-        fa_sdpa.stats.reset()
+        fa_sdpa.reset_stats()
         with fa_sdpa.enable("always"):
             compiled = torch.compile(block, fullgraph=True, mode=mode)
             for _ in range(4):

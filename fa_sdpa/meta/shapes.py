@@ -80,7 +80,7 @@ def _check_options(options: Options) -> None:
 
 def _check(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
     if condition is not True:  # torch._check alone costs half a microsecond, and there are twenty of these
-        torch._check(condition, message)  # type: ignore[arg-type]
+        torch._check(condition, message)
 
 
 def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

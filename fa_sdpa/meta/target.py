@@ -45,7 +45,7 @@ def _cuda_target(index: int) -> Target:
         props.major * 10 + props.minor,
         props.name,
         props.multi_processor_count,
-        props.shared_memory_per_block_optin,
+        props.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         missing_on_host(),
     )
 

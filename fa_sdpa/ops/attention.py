@@ -148,22 +148,27 @@ def _options(version: int = VERSION, **options: Any) -> Options:
 _admitted: set[tuple[Any, ...]] = set()  # what is known of calls that passed; looking it up costs a tenth of checking
 
 
-def _admit(check: Callable[..., None], *tensors: Tensor, sink: Tensor | None, options: Options) -> None:
-    """Raise what is wrong with a call, or every reason why no kernel can run it on its device.
-
-    ``tensors`` are the arguments of ``check``: query, key, value and, behind them, those of the backward.
-    """
+def _admit(
+    check: Callable[..., None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *others: Tensor,  # those of the backward
+    sink: Tensor | None,
+    options: Options,
+) -> None:
+    """Raise what ``check`` finds wrong with a call, or every reason why no kernel can run it on its device."""
     facts = (
-        *((x.shape, x.dtype, x.device, x.stride(-1)) for x in tensors),
+        *((x.shape, x.dtype, x.device, x.stride(-1)) for x in (query, key, value, *others)),
         sink is not None and (sink.shape, sink.dtype, sink.device),
         options,
         torch.are_deterministic_algorithms_enabled(),
     )
     if facts in _admitted:
         return
-    check(*tensors, sink, options)
-    spec = AttentionSpec.of(*tensors[:3], needs_grad=len(tensors) > 3, sink=sink is not None, **options._asdict())
-    reasons = kernels.unsupported(spec, Target.of(tensors[0].device))
+    check(query, key, value, *others, sink, options)
+    spec = AttentionSpec.of(query, key, value, needs_grad=bool(others), sink=sink is not None, **options._asdict())
+    reasons = kernels.unsupported(spec, Target.of(query.device))
     if reasons:
         raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
     if len(_admitted) >= 4096:

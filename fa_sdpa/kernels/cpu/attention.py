@@ -113,7 +113,8 @@ def _scores(
 ) -> tuple[Tensor, Tensor | float]:
     """Scores of one block, −inf where a row does not see a key, and their derivative by Q Kᵀ."""
     scale = 1.0 / math.sqrt(q.size(3)) if options.scale is None else options.scale
-    scores, slope = (q @ k.mT) * scale, scale
+    scores = (q @ k.mT) * scale
+    slope: Tensor | float = scale
     if options.softcap > 0.0:
         tanh = torch.tanh(scores / options.softcap)
         scores, slope = tanh * options.softcap, (1.0 - tanh * tanh) * scale
