@@ -230,7 +230,8 @@ class DynamoHandlers:
     A handler that returns None leaves the call to Dynamo, which puts the untouched op into its graph.
 
     Args:
-        token: Dynamo traces it, so that the graph is guarded by what it reads.
+        token: the token that holds where it is called; the graph is guarded by its result on entry.
+        traced_token: Dynamo traces it: the token of the innermost block in the graph, "" outside of all.
         routes: (token) → whether calls may be routed under that token at all.
         decide: (token, the types of query, key and value, SDPA's arguments by name) → whether this call is routed.
         routed: Dynamo traces it in place of a routed call: (query, key, value, is_causal, scale, autocast dtypes).
@@ -239,11 +240,13 @@ class DynamoHandlers:
     def __init__(
         self,
         token: Callable[[], str],
+        traced_token: Callable[[], str],
         routes: Callable[[str], bool],
         decide: Callable[[str, tuple[type, ...], dict[str, Any]], bool],
         routed: Callable[..., torch.Tensor],
     ) -> None:
-        self._token, self._routes, self._decide, self._routed = token, routes, decide, routed
+        self._token, self._traced_token = token, traced_token
+        self._routes, self._decide, self._routed = routes, decide, routed
         self._installed: dict[Any, Callable[..., Any]] = {}
 
     @property
@@ -302,7 +305,10 @@ class DynamoHandlers:
     def _guarded_token(self, tx: Any) -> str:
         # Saved Dynamo code (TORCH_CACHING_PRECOMPILE=1) comes back without its guards on module globals.
         tx.output.bypass_package("fa_sdpa routes by state that a saved package does not guard")
-        return _inline(tx, self._token, (), {}).as_python_constant()
+        traced = _inline(tx, self._traced_token, (), {}).as_python_constant()
+        if not traced:
+            _guard_result(tx, self._token)
+        return traced or self._token()
 
 
 def _sdpa_signature(
@@ -355,14 +361,17 @@ def _example(value: Any) -> Any:
 
 
 def _guard_sdp_flags(tx: Any) -> None:
-    """Guard the graph by the flags with which it was entered, unless the graph itself sets them."""
+    """Guard the graph by the flags with which it is entered, unless the graph itself sets them."""
+    if not any(node.target in _SDP_SETTERS for tracer in tx.output.tracers for node in tracer.graph.nodes):
+        _guard_result(tx, sdp_flags)
+
+
+def _guard_result(tx: Any, function: Callable[[], Any]) -> None:
+    """Guard the graph by what a module's function returns on entry."""
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource
 
-    for tracer in tx.output.tracers:
-        if any(node.target in _SDP_SETTERS for node in tracer.graph.nodes):
-            return
-    source = CallFunctionNoArgsSource(AttrSource(tx.import_source(__name__), "sdp_flags"))
+    source = CallFunctionNoArgsSource(AttrSource(tx.import_source(function.__module__), function.__name__))
     install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
 
 

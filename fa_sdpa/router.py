@@ -151,6 +151,11 @@ def _remember(call: tuple[Any, ...]) -> Tally:
     return counted
 
 
+def forget_decisions() -> None:
+    """Decide anew. For whoever changes what a policy's decisions depend on, which no token tells: a table's file."""
+    _cache.clear()
+
+
 def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
     nested = query.is_nested or key.is_nested or value.is_nested
     return tally("eager", Decision("native", _unusual_types((type(query), type(key), type(value)), nested)))

@@ -1,8 +1,7 @@
 """Who is on, and with which policy: one token for the process, one for each thread's innermost open block.
 
-A token is the repr of a frozen ``Policy``, or ``OFF``. Dynamo traces ``current_token`` and guards what it reads,
-so compiled code is tied to the policy it was traced under. That is why both holders are plain instances: torch
-2.11 guards instance attributes, not class attributes.
+A token is the repr of a frozen ``Policy``, or ``OFF``. Compiled code is guarded by ``current_token()``, and so tied
+to the policy it was traced under.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ OFF = "off"
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.token = ""  # "": no block is open in this thread, the process decides
+        self.traced = ""  # the same for blocks inside compiled code: only Dynamo ever sees another value
 
 
 class _Process:
@@ -41,6 +41,11 @@ def token_of(policy: str | Policy) -> str:
     if isinstance(policy, Policy):
         return _token(policy.mode, policy.crossover)
     return _token(policy, None)
+
+
+def traced_token() -> str:
+    """Traced by Dynamo: the token of the innermost block inside the compiled code, "" outside of all."""
+    return thread.traced
 
 
 @constant_while_tracing  # takes a policy apart, because Dynamo can pass its fields as constants, but not the policy

@@ -17,7 +17,7 @@ import torch
 from . import _torch_private as private
 from . import router
 from .policy import Policy
-from .state import OFF, current_token, process, thread, token_of
+from .state import OFF, current_token, process, thread, token_of, traced_token
 
 
 _NOT_TRACEABLE = "in compiled code, fa_sdpa.enable() and disable() must be the expression of a with statement"
@@ -29,20 +29,21 @@ class _Block:
     def __init__(self, token: str) -> None:
         self._token = token
         self._outer: list[str] = []  # the tokens to go back to
-        self._traced = torch.compiler.is_dynamo_compiling()
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            if not self._traced:
-                torch._dynamo.graph_break(msg=_NOT_TRACEABLE)
+            self._outer.append(thread.traced)
+            thread.traced = self._token
         else:
             _installation.open_block(self, self._token)
-        self._outer.append(thread.token)
-        thread.token = self._token
+            self._outer.append(thread.token)
+            thread.token = self._token
 
     def __exit__(self, *exc: object) -> None:
-        thread.token = self._outer.pop()
-        if not torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():
+            thread.traced = self._outer.pop()
+        else:
+            thread.token = self._outer.pop()
             _installation.close_block(self._token)
 
 
@@ -51,7 +52,7 @@ class _Setting(_Block):
 
     def __init__(self, token: str) -> None:
         super().__init__(token)
-        if self._traced:
+        if torch.compiler.is_dynamo_compiling():
             if not _prepare_trace():
                 torch._dynamo.graph_break(msg=_NOT_TRACEABLE)
         elif not _followed_by_with(sys._getframe(2)):
@@ -173,7 +174,7 @@ class _Installation:
         self._override = private.Override(router.sdpa)
         self._checkpoint = private.CheckpointBinding(_bind, _bind_off)
         self._handlers = private.DynamoHandlers(
-            current_token, router.routes, router.routed_in_graph, router.fa4_in_graph
+            current_token, traced_token, router.routes, router.routed_in_graph, router.fa4_in_graph
         )
         self._users = 0  # open blocks that are on, and the process if it is
         self._traces = 0  # traces at work with a block in them
