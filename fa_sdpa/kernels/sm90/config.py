@@ -14,6 +14,7 @@ from ..key import KernelKey
 
 ARCH = 90
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
+Q_STAGES = 2  # the next tile's Q is loaded while this one's is still in use
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
@@ -50,8 +51,8 @@ class ForwardConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q and O once (16 bit each), K and V in every stage."""
-        q_o = self.tile_m * (self.head_dim + self.head_dim_v)
+        """Shared memory of a CTA: 16-bit Q, K and V in every stage, and O."""
+        q_o = self.tile_m * (Q_STAGES * self.head_dim + self.head_dim_v)
         k_v = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
         return 2 * (q_o + k_v) + BARRIER_BYTES
 
