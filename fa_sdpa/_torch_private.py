@@ -27,6 +27,7 @@ _PARTS = {
     "torch._C._get_math_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._get_cudnn_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._functorch.peek_interpreter_stack": "torch.func transforms",
+    "torch._C._AutoDispatchBelowAutograd": "autograd of the ops",
     "torch.autograd.forward_ad._current_level": "forward-mode AD",
     "torch._C._get_tracing_state": "torch.jit.trace",
     "torch._C._get_dispatch_mode": "make_fx",
@@ -97,6 +98,9 @@ unknown = object()  # stands for an argument whose value is not known while a gr
 def sdp_flags() -> tuple[bool, bool, bool, bool]:
     """The user's enable flags: flash, memory-efficient, math, cuDNN."""
     return flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
 
 
 def forward_ad_active() -> bool:
