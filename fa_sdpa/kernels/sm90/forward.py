@@ -482,16 +482,19 @@ class Forward:
         v_state: pipeline.PipelineState,
         softmax_scale_log2: Float32,
     ) -> None:
-        """Softmax of S while P V runs, then the new P. O is rescaled only if a maximum grew; that branch also keeps
-        ptxas from moving the wait for P V up, in front of the softmax."""
+        """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
+
+        V has been waited for already. Asking again is what keeps ptxas, which moves it freely within a basic block,
+        from putting the wait for P V in front of the softmax.
+        """
         grew = softmax.softmax_step(
             acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
-        if grew:
-            warpgroup.wait_group(0)
-            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
+        pipelines.v.consumer_wait(v_state)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
+        if grew:
+            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
         regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
 
