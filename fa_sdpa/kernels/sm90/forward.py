@@ -484,17 +484,20 @@ class Forward:
     ) -> None:
         """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
 
-        V has been waited for already. Asking again is what keeps ptxas, which moves it freely within a basic block,
-        from putting the wait for P V in front of the softmax.
+        Within a basic block ptxas would put the wait for P V in front of the softmax, and l may be rescaled without a
+        branch. Waiting for V, which is there already, makes it one that ptxas cannot remove. The wait for P V itself
+        must stay outside: the warps of a warpgroup have to execute it together, and they differ in what grew.
         """
         grew = softmax.softmax_step(
             acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
-        pipelines.v.consumer_wait(v_state)
+        if grew:
+            pipelines.v.consumer_wait(v_state)
+            softmax.rescale_sums(regs.row_sum, regs.growth, softmax_scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
         if grew:
-            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
+            fragments.scale_rows(regs.acc_O, regs.growth)
         regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
 
