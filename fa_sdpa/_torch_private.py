@@ -292,11 +292,20 @@ class DynamoHandlers:
     # Dynamo calls a handler with the variable of the function, the translator, and the arguments as variables.
 
     def _multi_head_attention(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if _example(kwargs.get("need_weights", True)) is not False:
-            return None  # the weights are wanted: no SDPA in there
-        if not self._routes(self._guarded_token(tx)):
+        """Inlined only where it ends in an SDPA call that fa4 may take: Dynamo can't trace all that it does else."""
+        function = torch.nn.functional.multi_head_attention_forward
+        try:
+            call = inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return None  # torch words the error
+        call.apply_defaults()
+        wants = {name: _example(call.arguments[name]) for name in ("need_weights", "key_padding_mask", "attn_mask")}
+        causal = _example(call.arguments["is_causal"]) is True  # then SDPA gets no attn_mask
+        if wants["need_weights"] is not False or wants["key_padding_mask"] is not None:
             return None
-        return _inline(tx, torch.nn.functional.multi_head_attention_forward, args, kwargs)
+        if wants["attn_mask"] is not None and not causal or not self._routes(self._guarded_token(tx)):
+            return None
+        return _inline(tx, function, args, kwargs)
 
     def _sdpa(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.variables import VariableTracker

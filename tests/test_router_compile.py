@@ -170,19 +170,25 @@ def test_multihead_attention():
 
 def test_multihead_attention_with_masks():
     """Inlining it must not break a graph that plain torch compiles whole."""
-    module = nn.MultiheadAttention(16, 4, batch_first=True, bias=False, add_zero_attn=True)
+    module = nn.MultiheadAttention(16, 4, batch_first=True, bias=False)
     x, padding = torch.randn(2, 9, 16), torch.arange(9).expand(2, 9) > 6
 
     def run(x, need_weights=False):
         causal = torch.ones(9, 9).triu(1).bool()
         return module(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=need_weights)[0]
 
+    def causal(x):
+        mask = nn.Transformer.generate_square_subsequent_mask(9)
+        return module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
     graphs = Graphs("aot_eager")
     compiled = torch.compile(run, backend=graphs, fullgraph=True)
     with fa_sdpa.enable("always"):
         torch.testing.assert_close(compiled(x), run(x))
         torch.testing.assert_close(compiled(x, True), run(x, True))
-    assert graphs.attention == ["torch", ""]
+        compiled = torch.compile(causal, backend=graphs, fullgraph=True)
+        torch.testing.assert_close(compiled(x), causal(x))
+    assert graphs.attention == ["", "", "fa4"]
 
 
 def test_transformer_encoder_layer():
