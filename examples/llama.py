@@ -40,10 +40,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def build(args: argparse.Namespace) -> LlamaForCausalLM:
+    hidden_size = args.heads * args.head_dim
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=args.heads * args.head_dim,
-        intermediate_size=4 * args.heads * args.head_dim,
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
@@ -51,7 +52,7 @@ def build(args: argparse.Namespace) -> LlamaForCausalLM:
         max_position_embeddings=max(args.seqlen, 1024),
         bos_token_id=None,
         eos_token_id=None,
-        initializer_range=0.08,
+        initializer_range=hidden_size**-0.5,
     )
     torch.manual_seed(args.seed)
     with args.device:

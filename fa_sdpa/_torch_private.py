@@ -26,6 +26,7 @@ _PARTS = {
     "torch._C._get_math_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._get_cudnn_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._functorch.peek_interpreter_stack": "torch.func transforms",
+    "torch._C._AutoDispatchBelowAutograd": "autograd of the ops",
     "torch.autograd.forward_ad._current_level": "forward-mode AD",
     "torch._C._get_tracing_state": "torch.jit.trace",
     "torch._C._get_dispatch_mode": "make_fx",
@@ -108,6 +109,9 @@ def sdp_flags() -> tuple[bool, bool, bool, bool]:
 def transform_active() -> bool:
     """Whether a torch.func transform (grad, jvp, functionalize …) is open."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
 
 
 def forward_ad_active() -> bool:

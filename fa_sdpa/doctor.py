@@ -68,7 +68,9 @@ def _kernels(device: torch.device) -> list[dict[str, Any]]:
         for name, dtype in DTYPES.items():
             for dim in HEAD_DIMS:
                 spec = AttentionSpec(dtype, 1, 16, 16, 4096, 4096, dim, dim, is_causal=True, needs_grad=needs_grad)
-                reasons = {reason.code: reason.text for reason in kernels.unsupported(spec, target)}
+                reasons: dict[str, str] = {}
+                for code, text in kernels.unsupported(spec, target):
+                    reasons[code] = f"{reasons[code]}; {text}" if code in reasons else text
                 cells.append({"direction": direction, "dtype": name, "head_dim": dim, "reasons": reasons})
     return cells
 

@@ -27,6 +27,7 @@ def run(program: str, args: Sequence[str], *, module: bool, policy: str, report:
     sys.modules["__main__"] = main
     sys.argv[:] = [str(main.__file__) if module else program, *args]
     fa_sdpa.enable(policy)
+    report = report and report.absolute()  # the program may change the directory
     atexit.register(_report, policy, report)  # before the program's own exit handlers, hence run after them
     exec(code, vars(main))
 
@@ -39,14 +40,14 @@ def _load_script(path: str) -> tuple[ModuleType, CodeType]:
     except OSError as error:
         print(f"fa_sdpa run: can't open file {absolute!r}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if not getattr(sys.flags, "safe_path", False):  # else `python -m fa_sdpa` has put nothing there
-        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    _set_first_path(os.path.dirname(os.path.realpath(path)))
     main = ModuleType("__main__")
     vars(main).update(__file__=absolute, __builtins__=builtins)
     return main, compile(source, absolute, "exec", dont_inherit=True)
 
 
 def _load_module(name: str) -> tuple[ModuleType, CodeType]:
+    _set_first_path(os.getcwd())
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -62,6 +63,12 @@ def _load_module(name: str) -> tuple[ModuleType, CodeType]:
     main = importlib.util.module_from_spec(spec)
     vars(main).update(__name__="__main__", __builtins__=builtins)
     return main, code
+
+
+def _set_first_path(folder: str) -> None:
+    """Puts what Python would for the program where Python put what it does for us."""
+    if not getattr(sys.flags, "safe_path", False):  # with it Python puts nothing there
+        sys.path[0] = folder
 
 
 def _excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

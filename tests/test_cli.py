@@ -13,6 +13,7 @@ import torch
 
 from fa_sdpa import doctor
 from fa_sdpa.__main__ import main
+from fa_sdpa.meta.spec import Reason
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,7 +92,8 @@ def test_program_that_is_not_there(tmp_path):
 
 
 CALLS = """
-import torch
+import os, torch
+os.chdir("/")
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 x = torch.randn(1, 2, 8, 16)
 for _ in range(3):
@@ -150,6 +152,13 @@ def test_doctor_tells_what_runs_and_why_not(capsys, monkeypatch):
     main(["doctor"])
     text = capsys.readouterr().out
     assert torch.__version__ in text and "kernels on cpu" in text and "FA_SDPA=never" in text
+
+
+def test_doctor_keeps_every_reason_of_one_code(monkeypatch):
+    reasons = (Reason("not_installed", "no compiler"), Reason("not_installed", "no runtime"))
+    monkeypatch.setattr(doctor.kernels, "unsupported", lambda spec, target: reasons)
+    text = doctor.render(doctor.diagnose())
+    assert "1: for example, no compiler; no runtime [not_installed]" in text
 
 
 def test_doctor_table_numbers_the_refusals():

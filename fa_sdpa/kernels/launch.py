@@ -58,7 +58,9 @@ def attention_fwd(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     device = query.get_device()
-    wanted = (query.dtype, query.shape[3], value.shape[3], is_causal, device)
+    head_dim = query.shape[3]
+    wide = sm90.wants_wide_tile(head_dim, is_causal, query.shape[2])
+    wanted = (query.dtype, head_dim, value.shape[3], is_causal, wide, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if scale is None:
         scale_log2 = plan.scale_log2
@@ -75,13 +77,15 @@ def attention_fwd(
     return out, lse
 
 
-def _make_plan(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, device: int) -> _Plan:
+def _make_plan(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, device: int
+) -> _Plan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    run = kernel(sm90.forward_key(dtype, head_dim, head_dim_v, is_causal))
+    run = kernel(sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide))
     plan = _Plan(run, LOG2_E / math.sqrt(head_dim), target.num_sms)
-    _plans[dtype, head_dim, head_dim_v, is_causal, device] = plan
+    _plans[dtype, head_dim, head_dim_v, is_causal, wide, device] = plan
     return plan
 
 

@@ -28,9 +28,15 @@ class Tiles(NamedTuple):
     num_batch: Int32
     paired: Boolean  # of the two causal orders
 
-    @property
-    def total(self) -> Int32:
-        return self.num_m_blocks * self.num_heads * self.num_batch
+
+@cute.jit
+def first_steps(tiles: Tiles) -> Int32:
+    """How many CTAs there is a first tile for."""
+    sequences = tiles.num_heads * tiles.num_batch
+    count = tiles.num_m_blocks
+    if tiles.paired:
+        count = (tiles.num_m_blocks + 1) // 2
+    return count * sequences
 
 
 def spills_l2(num_kv_heads: Int32, seqlen_k: Int32, bytes_per_key: int) -> Boolean:

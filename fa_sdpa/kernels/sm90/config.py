@@ -14,6 +14,7 @@ from ..key import KernelKey
 
 ARCH = 90
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
+Q_STAGES = 2  # the next tile's Q is loaded while this one's is still in use
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 HEAD_DIMS = (64, 128)
@@ -50,29 +51,41 @@ class ForwardConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: Q and O once (16 bit each), K and V in every stage."""
-        q_o = self.tile_m * (self.head_dim + self.head_dim_v)
+        """Shared memory of a CTA: 16-bit Q, K and V in every stage, and O."""
+        q_o = self.tile_m * (Q_STAGES * self.head_dim + self.head_dim_v)
         k_v = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
         return 2 * (q_o + k_v) + BARRIER_BYTES
 
 
+# From how many query rows on the 192-row tile of d64 is the faster one, by is_causal. Measured on an H100 (bf16, 16k
+# tokens, 32 heads; docs/kernels/sm90_forward.md): 192 rows are 5-8 % ahead from there on, behind before.
+WIDE_FROM = {False: 2048, True: 4096}
+
+
+def wants_wide_tile(head_dim: int, is_causal: bool, seqlen_q: int) -> bool:
+    """Which of a head dim's tiles serves a call; asked at launch, where sizes are plain integers."""
+    return head_dim == 64 and seqlen_q >= WIDE_FROM[is_causal]
+
+
 @functools.lru_cache(maxsize=None)
-def forward_config(head_dim: int, head_dim_v: int, is_causal: bool) -> ForwardConfig:
-    """Tile for a head dim and mask; ValueError for head dims that no kernel has.
+def forward_config(head_dim: int, head_dim_v: int, wide: bool = False) -> ForwardConfig:
+    """Tile for a head dim; ValueError for head dims, or a wide tile, that no kernel has.
 
     d128: the accumulators (S and O, 64 registers each, P 32) leave room for two MMA warpgroups of 240 registers.
-    d64: O is half of that, so three warpgroups of 160 fit, and each K and V block serves 192 rows.
+    d64: O is half of that, so three warpgroups of 160 fit, and each K and V block serves 192 rows; short sequences
+    lose more to the ragged last tile than they win by that.
     """
-    if head_dim != head_dim_v or head_dim not in HEAD_DIMS:
-        raise ValueError(f"no forward kernel for head_dim={head_dim}, head_dim_v={head_dim_v}")
-    tile_m = 128
-    return ForwardConfig(head_dim, head_dim_v, tile_m, tile_n=128, stages=2)
+    if head_dim != head_dim_v or head_dim not in HEAD_DIMS or (wide and head_dim != 64):
+        raise ValueError(f"no forward kernel for head_dim={head_dim}, head_dim_v={head_dim_v}, wide={wide}")
+    return ForwardConfig(head_dim, head_dim_v, tile_m=192 if wide else 128, tile_n=128, stages=2)
 
 
 @functools.lru_cache(maxsize=None)
-def forward_key(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool) -> KernelKey:
+def forward_key(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool = False
+) -> KernelKey:
     """Key of the forward kernel for what decides its code."""
-    config = forward_config(head_dim, head_dim_v, is_causal)
+    config = forward_config(head_dim, head_dim_v, wide)
     return KernelKey(
         "forward",
         ARCH,
@@ -89,9 +102,9 @@ def forward_key(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: b
 def all_keys() -> tuple[KernelKey, ...]:
     """Every kernel of this family."""
     return tuple(
-        forward_key(dtype, head_dim, head_dim, is_causal)
+        forward_key(dtype, head_dim, head_dim, is_causal, wide)
         for dtype in DTYPE_NAMES
-        for head_dim in HEAD_DIMS
+        for head_dim, wide in ((64, False), (64, True), (128, False))
         for is_causal in (False, True)
     )
 

@@ -45,9 +45,9 @@ from cutlass.utils import LayoutEnum, SmemAllocator
 from ..common import fragments, softmax
 from ..common.blocks import key_blocks
 from ..common.mask import mask_right, row_limits
-from ..common.scheduler import Tiles, find_tile, spills_l2
+from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
-from .config import ForwardConfig
+from .config import Q_STAGES, ForwardConfig
 
 WARPGROUP = 128  # threads
 TURN, STORE = 1, 5  # first named barrier of each kind, one per MMA warpgroup; barrier 0 is the CTA's
@@ -63,7 +63,7 @@ class Pipelines(NamedTuple):
 class Smem(NamedTuple):
     """Swizzled tiles in shared memory."""
 
-    q: cute.Tensor  # (tile_m, d)
+    q: cute.Tensor  # (tile_m, d, 2)
     k: cute.Tensor  # (tile_n, d, stages)
     v: cute.Tensor  # (tile_n, dv, stages)
     o: cute.Tensor  # (64, dv, MMA warpgroups)
@@ -90,13 +90,14 @@ class Atoms(NamedTuple):
 class Operands(NamedTuple):
     """What one MMA warpgroup multiplies with and into."""
 
-    tSrQ: cute.Tensor  # descriptors of its rows of sQ
+    tSrQ: cute.Tensor  # descriptors of its rows of sQ, both stages
     tSrK: cute.Tensor  # descriptors of sK, all stages
     tOrV: cute.Tensor  # descriptors of sV transposed, all stages
     tOrP: cute.Tensor  # registers, A operand
     acc_O: cute.Tensor  # registers, fp32
-    row_max: cute.Tensor
+    row_max: cute.Tensor  # of the rows of this thread; so are the next four
     row_sum: cute.Tensor
+    block_max: cute.Tensor  # of a tile's first block, while the last tile's row_max is still needed
     block_sum: cute.Tensor
     growth: cute.Tensor
 
@@ -147,7 +148,7 @@ class Forward:
 
         @cute.struct
         class SharedStorage:
-            q_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * Q_STAGES]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             sQ: q
@@ -173,7 +174,7 @@ class Forward:
             return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
 
         layouts = (
-            self._smem_layout(self.tile_m, 1),
+            self._smem_layout(self.tile_m, Q_STAGES),
             self._smem_layout(self.tile_n, self.stages),
             self._smem_layout(self.tile_n, self.stages),
             self._smem_layout(64, self.mma_warpgroups),
@@ -206,7 +207,7 @@ class Forward:
             tiles,
             mQ.shape[1] // mK.shape[1],
         ).launch(
-            grid=[cutlass.min(tiles.total, num_sms), 1, 1],
+            grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
             block=[WARPGROUP * (1 + self.mma_warpgroups), 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
@@ -240,7 +241,7 @@ class Forward:
             storage.sO.get_tensor(sO_layout.outer, swizzle=sO_layout.inner),
         )
         pipelines = Pipelines(
-            self._pipeline(storage.q_barriers, 1, self.tile_m),
+            self._pipeline(storage.q_barriers, Q_STAGES, self.tile_m),
             self._pipeline(storage.k_barriers, self.stages, self.tile_n),
             self._pipeline(storage.v_barriers, self.stages, self.tile_n),
         )
@@ -270,43 +271,49 @@ class Forward:
     def load(
         self, atoms: Atoms, gmem: Gmem, smem: Smem, pipelines: Pipelines, tiles: Tiles, qhead_per_kvhead: Int32
     ) -> None:
-        """Producer warp: K_0, Q, then K_{i+1}, V_i of every tile, in the order in which they are waited for."""
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        """Producer warp: K_0 and Q of the first tile, then K_{i+1}, V_i over all blocks of all tiles, with each next
+        tile's Q right after its K_0: the order in which the MMA warpgroups wait for them."""
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, Q_STAGES)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+        head_kv = head // qhead_per_kvhead
+        self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
+        k_state.advance()
+        self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+        q_state.advance()
         while is_valid:
-            head_kv = head // qhead_per_kvhead
-            gQ = cute.local_tile(gmem.q[None, None, head, batch], (self.tile_m, self.head_dim), (None, 0))
-            gK = cute.local_tile(gmem.k[None, None, head_kv, batch], (self.tile_n, self.head_dim), (None, 0))
-            gV = cute.local_tile(gmem.v[None, None, head_kv, batch], (self.tile_n, self.head_dim), (None, 0))
-            end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
-
-            self._load_tile(atoms.k, gK, smem.k, end - 1, pipelines.k, k_state)
-            k_state.advance()
-            self._load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
-            q_state.advance()
+            gK, gV = gmem.k[None, None, head_kv, batch], gmem.v[None, None, head_kv, batch]
             for i in cutlass.range(end - 1, unroll=1):
                 self._load_tile(atoms.k, gK, smem.k, end - 2 - i, pipelines.k, k_state)
                 k_state.advance()
                 self._load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
+            end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+            head_kv = head // qhead_per_kvhead
+            if is_valid:
+                self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
+                self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+            k_state.advance()
+            q_state.advance()
             self._load_tile(atoms.v, gV, smem.v, Int32(0), pipelines.v, v_state)
             v_state.advance()
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
 
     @cute.jit
     def _load_tile(
         self,
         atom: cute.CopyAtom,
-        gX: cute.Tensor,  # (rows, d, tiles)
+        mX: cute.Tensor,  # (s, d) of one head
         sX: cute.Tensor,  # (rows, d, stages)
         index: Int32,
         pipe: pipeline.PipelineTmaAsync,
         state: pipeline.PipelineState,
     ) -> None:
-        """Wait for the state's stage to be empty, then load tile ``index`` into it."""
+        """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
+        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), self.head_dim), (None, 0))
         tXsX, tXgX = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
         )
@@ -329,6 +336,7 @@ class Forward:
             acc_O=acc_O,
             row_max=cute.make_rmem_tensor(rows, Float32),
             row_sum=cute.make_rmem_tensor(rows, Float32),
+            block_max=cute.make_rmem_tensor(rows, Float32),
             block_sum=cute.make_rmem_tensor(rows, Float32),
             growth=cute.make_rmem_tensor(rows, Float32),
         )
@@ -354,8 +362,9 @@ class Forward:
         tidx, _, _ = cute.arch.thread_idx()
         tidx = tidx - WARPGROUP
         wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        tile_row = tidx // 32 * 16 + tidx % 32 // 4  # this thread's first row in a tile; its second is 8 further on
         regs = self._operands(mma_qk, mma_pv, smem, wg)
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, Q_STAGES)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         seqlen_k = gmem.k.shape[0]
@@ -363,52 +372,85 @@ class Forward:
             self._pass_turn(wg, to_next=False)
 
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        acc_S = self._scores(mma_qk)
+        pipelines.q.consumer_wait(q_state)
+        pipelines.k.consumer_wait(k_state)
+        self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
+        warpgroup.wait_group(0)
+        pipelines.k.consumer_release(k_state)
+        k_state.advance()
+        self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, softmax_scale_log2)
+        self._begin_tile(acc_S, regs)
         while is_valid:
             end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
-            first_row = m_block * self.tile_m + tidx // 32 * 16 + tidx % 32 // 4
-
-            pipelines.q.consumer_wait(q_state)
-            pipelines.k.consumer_wait(k_state)
-            acc_S = self._scores(mma_qk)
-            self._issue(mma_qk, acc_S, regs.tSrQ[None, None, None, 0], regs.tSrK, k_state.index, zero_init=True)
-            warpgroup.wait_group(0)
-            pipelines.k.consumer_release(k_state)
-            k_state.advance()
-            if unmasked_end < end:
-                self._mask(acc_S, first_row, seqlen_k, end - 1)
-            softmax.softmax_step(
-                acc_S, regs.row_max, regs.row_sum, regs.growth, softmax_scale_log2, is_first=True
-            )
-            self._round(acc_S, regs.tOrP)
-            regs.acc_O.fill(0.0)
-
+            first_row = m_block * self.tile_m + tile_row
             masked = cutlass.max(end - 1 - unmasked_end, 0)
             for i in cutlass.range(masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, k_state, v_state, wg)
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
                 self._mask(acc_S, first_row, seqlen_k, end - 2 - i)
                 self._finish_block(acc_S, regs, pipelines, v_state, softmax_scale_log2)
                 k_state.advance()
                 v_state.advance()
             for _ in cutlass.range(end - 1 - masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, k_state, v_state, wg)
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
                 self._finish_block(acc_S, regs, pipelines, v_state, softmax_scale_log2)
                 k_state.advance()
                 v_state.advance()
-
             pipelines.q.consumer_release(q_state)
             q_state.advance()
+
+            # The last P V of this tile together with the first Q Kᵀ of the next one. After the last tile that multiplies
+            # what the stages still hold, and nothing reads the result: a branch around WGMMAs makes ptxas serialise all.
+            mLSE_done = mLSE[batch, head, None]
+            gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
+            row_block = m_block * self.mma_warpgroups + wg
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
+            acc_S = self._scores(mma_qk)
+            if is_valid:
+                pipelines.q.consumer_wait(q_state)
+                pipelines.k.consumer_wait(k_state)
+            self._wait_turn(wg)
+            self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             pipelines.v.consumer_wait(v_state)
-            self._issue(mma_pv, regs.acc_O, regs.tOrP, regs.tOrV, v_state.index, zero_init=False)
+            self._issue_pv(mma_pv, regs, v_state)
+            self._pass_turn(wg, to_next=True)
+            warpgroup.wait_group(1)
+            if is_valid:
+                pipelines.k.consumer_release(k_state)
+            k_state.advance()
+            self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, softmax_scale_log2)
             warpgroup.wait_group(0)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
-
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, softmax_scale_log2)
-            self._store_lse(mLSE[batch, head, None], regs.row_sum, first_row)
-            gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
-            self.epilogue(store_atom, mma_pv, regs.acc_O, smem.o, gO, m_block * self.mma_warpgroups + wg, tidx, wg)
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
+            self._store_lse(mLSE_done, regs.row_sum, first_row)
+            self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, tidx, wg)
+            self._begin_tile(acc_S, regs)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _first_weights(
+        self,
+        acc_S: cute.Tensor,
+        regs: Operands,
+        m_block: Int32,
+        tile_row: Int32,
+        seqlen_k: Int32,
+        softmax_scale_log2: Float32,
+    ) -> None:
+        """Weights of a tile's first block, in place, and its row statistics in block_max and block_sum."""
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+        if unmasked_end < end:
+            self._mask(acc_S, m_block * self.tile_m + tile_row, seqlen_k, end - 1)
+        softmax.softmax_step(acc_S, regs.block_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=True)
+
+    @cute.jit
+    def _begin_tile(self, acc_S: cute.Tensor, regs: Operands) -> None:
+        """Make the first block's weights and statistics the tile's."""
+        self._round(acc_S, regs.tOrP)
+        regs.acc_O.fill(0.0)
+        regs.row_max.store(regs.block_max.load())
+        regs.row_sum.store(regs.block_sum.load())
 
     @cute.jit
     def _block(
@@ -417,6 +459,7 @@ class Forward:
         mma_pv: cute.TiledMma,
         regs: Operands,
         pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
         k_state: pipeline.PipelineState,
         v_state: pipeline.PipelineState,
         wg: Int32,
@@ -425,9 +468,9 @@ class Forward:
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
-        self._issue(mma_qk, acc_S, regs.tSrQ[None, None, None, 0], regs.tSrK, k_state.index, zero_init=True)
+        self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
         pipelines.v.consumer_wait(v_state)
-        self._issue(mma_pv, regs.acc_O, regs.tOrP, regs.tOrV, v_state.index, zero_init=False)
+        self._issue_pv(mma_pv, regs, v_state)
         self._pass_turn(wg, to_next=True)
         warpgroup.wait_group(1)
         pipelines.k.consumer_release(k_state)
@@ -456,13 +499,28 @@ class Forward:
         self._round(acc_S, regs.tOrP)
 
     @cute.jit
+    def _issue_qk(
+        self,
+        mma_qk: cute.TiledMma,
+        acc_S: cute.Tensor,
+        regs: Operands,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+    ) -> None:
+        tSrQ, tSrK = regs.tSrQ[None, None, None, q_state.index], regs.tSrK[None, None, None, k_state.index]
+        self._issue(mma_qk, acc_S, tSrQ, tSrK, zero_init=True)
+
+    @cute.jit
+    def _issue_pv(self, mma_pv: cute.TiledMma, regs: Operands, v_state: pipeline.PipelineState) -> None:
+        self._issue(mma_pv, regs.acc_O, regs.tOrP, regs.tOrV[None, None, None, v_state.index], zero_init=False)
+
+    @cute.jit
     def _issue(
         self,
         tiled_mma: cute.TiledMma,
         acc: cute.Tensor,
         tCrA: cute.Tensor,
-        tCrB: cute.Tensor,  # all stages
-        stage: Int32,
+        tCrB: cute.Tensor,
         zero_init: cutlass.Constexpr[bool],
     ) -> None:
         """Issue acc (+)= A B as one WGMMA group."""
@@ -470,7 +528,7 @@ class Forward:
         atom = cute.make_mma_atom(tiled_mma.op)
         for k in cutlass.range_constexpr(cute.size(tCrA, mode=[2])):
             atom.set(warpgroup.Field.ACCUMULATE, not (zero_init and k == 0))
-            cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k, stage], acc)
+            cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
         warpgroup.commit_group()
 
     @cute.jit
@@ -509,7 +567,6 @@ class Forward:
     def epilogue(
         self,
         store_atom: cute.CopyAtom,
-        mma_pv: cute.TiledMma,
         acc_O: cute.Tensor,
         sO: cute.Tensor,  # (64, dv, MMA warpgroups)
         gO: cute.Tensor,  # (64, dv, row blocks), TMA coordinates

@@ -1,0 +1,104 @@
+"""compute-sanitizer over small cases of every code path of the SM90 forward kernel.
+
+    python benchmarks/sm90_sanitize.py --out benchmarks/results/sm90_forward_sanitizer_h100.json
+
+Runs itself under each tool with torch's caching allocator off, so that every tensor is an allocation of its own. The
+cases: every kernel variant, full and causal, one block and several, ragged and whole tiles, several tiles per CTA in each
+tile order, GQA, copied and expanded inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def run_cases() -> None:
+    import torch
+    from sm90_forward import Case, check
+
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    count = 0
+    for dtype in ("bf16", "fp16"):
+        for head_dim in (64, 128):
+            for is_causal in (False, True):
+                for seqlen_q, seqlen_k, heads, heads_kv, layout in (
+                    (1, 1, 1, 1, "bhsd"),
+                    (7, 129, 7, 1, "bshd"),
+                    (129, 7, 2, 2, "unaligned"),
+                    (256, 256, 2, 1, "expanded_heads"),
+                    (300, 500, 4, 2, "packed"),
+                ):
+                    check(
+                        Case(
+                            dtype, head_dim, 2, heads, heads_kv, seqlen_q, seqlen_k, is_causal, None, layout, 4.0, True
+                        )
+                    )
+                    count += 1
+    for head_dim, is_causal, batch, heads, seqlen in (
+        (128, False, 3, 16, 1000),  # several tiles per CTA
+        (128, True, 3, 16, 1000),  # longest first
+        (64, True, 20, 16, 900),  # paired, an even number of blocks
+        (128, True, 12, 8, 620),  # paired where K and V exceed the L2 budget, an odd number of blocks
+        (64, False, 1, 2, 2100),  # the wide tile
+        (64, True, 1, 2, 4100),
+    ):
+        check(Case("bf16", head_dim, batch, heads, heads, seqlen, seqlen, is_causal, None, "bshd", 1.0, False))
+        count += 1
+    torch.cuda.synchronize()
+    print(f"cases: {count}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--timeout", type=int, default=150, help="seconds for one tool")
+    parser.add_argument("--cases", action="store_true", help="only run the cases, under no tool")
+    args = parser.parse_args()
+    if args.cases:
+        return run_cases()
+    results = []
+    for tool in args.tools:
+        command = ["compute-sanitizer", "--tool", tool, "--kernel-regex", "kns=kernel_cutlass", "--error-exitcode", "9"]
+        try:
+            done = subprocess.run(
+                [*command, sys.executable, __file__, "--cases"],
+                capture_output=True,
+                text=True,
+                timeout=args.timeout,
+                env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+        except subprocess.TimeoutExpired:
+            results.append({"tool": tool, "clean": False, "summary": f"did not end in {args.timeout} s"})
+            continue
+        output = done.stdout + done.stderr
+        cases = re.search(r"cases: (\d+)", output)
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        results.append(
+            {
+                "tool": tool,
+                "clean": done.returncode == 0 and cases is not None,
+                "cases": int(cases[1]) if cases else 0,
+                "summary": summary[-1] if summary else output[-1000:],
+            }
+        )
+    for result in results:
+        print(result)
+    if args.out:
+        from provenance import save
+
+        save(args.out, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Kernel keys, configs, refusals, bundles, and the compiled code itself. No GPU is needed; some need the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fa_sdpa import kernels
+from fa_sdpa.kernels import compile as compiling
+from fa_sdpa.kernels import launch
+from fa_sdpa.kernels.key import KernelKey
+from fa_sdpa.kernels.sm90 import config
+from fa_sdpa.meta.spec import AttentionSpec
+from fa_sdpa.meta.target import Target
+
+H100 = Target("cuda", 90, "NVIDIA H100", 132, config.SMEM_PER_BLOCK)
+KEYS = config.all_keys()
+
+
+def spec(**changes: object) -> AttentionSpec:
+    plain = AttentionSpec(torch.bfloat16, 2, 8, 2, 512, 512, 128, 128)
+    return plain._replace(**changes)  # type: ignore[arg-type]
+
+
+def needs_compiler() -> None:
+    try:
+        import cutlass  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"the CuTe DSL compiler is not installed: {error}")
+
+
+def cuda_tool(name: str) -> str:
+    """Path of a CUDA binary tool, from PATH or the pip package nvidia-cuda-<name>."""
+    found = shutil.which(name)
+    roots = [Path(root) / "nvidia" for root in sys.path if (Path(root) / "nvidia").is_dir()]
+    paths = [found] if found else [str(path) for root in roots for path in root.glob(f"*/bin/{name}")]
+    if not paths:
+        pytest.skip(f"{name} is not installed (pip install nvidia-cuda-{name})")
+    return paths[0]
+
+
+# ---- keys and configs ------------------------------------------------------------------------------------------------
+
+
+def test_key_names_are_distinct_and_parse_back():
+    assert len({key.name for key in KEYS}) == len(KEYS) == 12
+    for key in KEYS:
+        assert KernelKey.parse(key.name) == key
+    with pytest.raises(ValueError, match="is not a kernel name"):
+        KernelKey.parse("forward_sm90")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"direction": "sideways"},
+        {"dtype": "fp32"},
+        {"head_dim": 0},
+        {"head_dim_v": 12},
+        {"tile_m": 100},
+        {"tile_n": -16},
+        {"stages": 0},
+    ],
+)
+def test_key_is_checked_at_birth(change):
+    with pytest.raises(ValueError, match=str(next(iter(change)))):
+        dataclasses.replace(KEYS[0], **change)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((128, 128, 256, 128, 2), "tile_m"),
+        ((128, 128, 96, 128, 2), "tile_m"),
+        ((128, 128, 128, 264, 2), "tile_n"),
+        ((128, 128, 128, 128, 1), "stages"),
+        ((128, 128, 128, 128, 3), "smem_bytes"),
+    ],
+)
+def test_config_is_checked_at_birth(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.ForwardConfig(*values)
+
+
+def test_configs_fit_the_register_file():
+    for head_dim, wide in ((64, False), (64, True), (128, False)):
+        chosen = config.forward_config(head_dim, head_dim, wide)
+        mma, producer = chosen.registers
+        assert 128 * (chosen.mma_warpgroups * mma + producer) <= 65536
+        assert mma % 8 == producer % 8 == 0
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_supported_call_has_no_reason():
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim in (64, 128):
+            for heads_kv in (1, 2, 8):
+                call = spec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, num_heads_kv=heads_kv, is_causal=True)
+                assert kernels.unsupported(call, H100) == ()
+
+
+def test_refusal_lists_every_reason():
+    call = spec(
+        dtype=torch.float32,
+        head_dim=80,
+        head_dim_v=96,
+        mask="bool",
+        dropout_p=0.1,
+        scale=-1.0,
+        needs_grad=True,
+        last_dim_contiguous=False,
+    )
+    reasons = kernels.unsupported(call, H100._replace(smem_per_block=101_376))
+    assert [reason.code for reason in reasons] == [
+        "dtype",
+        "head_dim",
+        "head_dim_v",
+        "attn_mask",
+        "dropout",
+        "scale",
+        "no_backward",
+        "strides",
+        "shared_memory",
+    ]
+    assert "80" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])
+def test_scale_must_be_positive_and_finite(scale):
+    assert [reason.code for reason in kernels.unsupported(spec(scale=scale), H100)] == ["scale"]
+
+
+@pytest.mark.parametrize("arch", [75, 100, None])
+def test_other_archs_have_no_family(arch):
+    target = H100._replace(arch=arch)
+    assert kernels.family_of(target) is None
+    assert "no_kernel_family" in [reason.code for reason in kernels.unsupported(spec(), target)]
+
+
+def test_refusal_never_compares_a_size():
+    class Size(int):
+        def _refuse(self, other):
+            raise AssertionError("a size was compared")
+
+        __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+        __hash__ = int.__hash__
+
+    assert kernels.unsupported(spec(batch=Size(2), seqlen_q=Size(5), seqlen_k=Size(7)), H100) == ()
+
+
+def test_importing_kernels_does_not_import_the_compiler():
+    code = (
+        "import sys, fa_sdpa.kernels.launch, fa_sdpa.kernels.sm90.config\n"
+        "assert not {'cutlass', 'quack', 'triton', 'tvm_ffi'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+# ---- launch, as far as it goes without a GPU -------------------------------------------------------------------------
+
+
+def test_addressable_copies_only_what_tma_cannot_take():
+    x = torch.randn(2, 3, 5, 64).to(torch.bfloat16)
+    for same in (x, x.transpose(1, 2), x[:, :1].expand(2, 3, 5, 64), x.expand(2, 3, 5, 64)):
+        assert launch._addressable(same) is same
+    one_row = torch.randn(2, 3, 1, 64).to(torch.bfloat16).as_strided((2, 3, 1, 64), (192, 64, 1, 1))
+    assert launch._addressable(one_row).data_ptr() == one_row.data_ptr()
+    odd = torch.randn(2, 3, 5, 65).to(torch.bfloat16)
+    for bad in (odd[..., :64], odd[..., 1:], torch.randn(1001).to(torch.bfloat16)[1:961].view(1, 3, 5, 64)):
+        copy = launch._addressable(bad)
+        assert copy.data_ptr() != bad.data_ptr() and torch.equal(copy, bad)
+        assert not any(stride % 8 for stride in copy.stride()[:3]) and copy.stride(3) == 1
+
+
+def test_empty_calls_launch_nothing():
+    query, key = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 0, 64)
+    out, lse = launch.attention_fwd(query, key, key, is_causal=False, scale=None)
+    assert out.shape == query.shape and not out.any() and bool((lse == float("-inf")).all())
+    query = torch.randn(0, 2, 3, 64)
+    out, lse = launch.attention_fwd(query, query, query, is_causal=False, scale=None)
+    assert out.shape == query.shape and lse.shape == (0, 2, 3)
+
+
+# ---- compiled code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """All kernels, compiled once for this module; its directory also holds the cubins."""
+    needs_compiler()
+    directory = tmp_path_factory.mktemp("bundle")
+    code = (
+        "import pathlib, sys\n"
+        "from fa_sdpa.kernels import compile\n"
+        "from fa_sdpa.kernels.sm90 import config\n"
+        "directory = pathlib.Path(sys.argv[1])\n"
+        "build = compile._compile\n"
+        "def keep(key):\n"
+        "    built = build(key)\n"
+        "    [cubin] = directory.glob('cutlass*.cubin')\n"
+        "    cubin.rename(directory / f'{key.name}.cubin')\n"
+        "    return built\n"
+        "compile._compile = keep\n"
+        "compile.write_bundle(config.all_keys(), directory)\n"
+    )
+    env = {**os.environ, "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(directory)}
+    subprocess.run([sys.executable, "-c", code, str(directory)], check=True, env=env, cwd=Path(__file__).parent.parent)
+    return directory
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
+def test_every_variant_compiles_without_spills(bundle, key):
+    cubin = bundle / f"{key.name}.cubin"
+    usage = subprocess.run([cuda_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
+    report = usage.stdout + usage.stderr
+    stacks = re.findall(r"STACK:(\d+)", report)
+    assert stacks and set(stacks) == {"0"}, report
+
+
+def test_bundle_serves_its_kernels(bundle, monkeypatch):
+    pytest.importorskip("tvm_ffi")
+    manifest = json.loads((bundle / compiling.MANIFEST).read_text())
+    assert manifest["schema"] == compiling.SCHEMA and set(manifest["kernels"]) == {key.name for key in KEYS}
+    monkeypatch.setenv("FA_SDPA_BUNDLE", str(bundle))
+    monkeypatch.setattr(compiling, "_kernels", {})
+    monkeypatch.setattr(compiling, "_compile", lambda key: pytest.fail(f"{key.name} was compiled"))
+    for key in KEYS:
+        assert callable(compiling.kernel(key))
+        assert compiling.kernel(key) is compiling.kernel(key)
+
+
+def test_stale_or_missing_entries_are_compiled_instead(bundle, tmp_path, monkeypatch):
+    pytest.importorskip("tvm_ffi")
+    manifest = json.loads((bundle / compiling.MANIFEST).read_text())
+    manifest["kernels"][KEYS[0].name]["source"] = "other"
+    del manifest["kernels"][KEYS[1].name]
+    (tmp_path / compiling.MANIFEST).write_text(json.dumps(manifest))
+    shutil.copy(bundle / compiling.LIBRARY, tmp_path)
+    monkeypatch.setenv("FA_SDPA_BUNDLE", str(tmp_path))
+    monkeypatch.setattr(compiling, "_kernels", {})
+    compiled = []
+    monkeypatch.setattr(compiling, "_compile", lambda key: compiled.append(key) or print)
+    for key in KEYS[:3]:
+        compiling.kernel(key)
+    assert compiled == list(KEYS[:2])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ('{"schema": 99, "kernels": {}}', "schema 99"),
+        (json.dumps({"schema": compiling.SCHEMA, "kernels": {}}), "not in the bundle"),
+        (json.dumps({"schema": compiling.SCHEMA, "kernels": {KEYS[0].name: {}}}), "other sources"),
+    ],
+)
+def test_without_bundle_or_compiler_the_error_names_the_kernel(content, message, tmp_path, monkeypatch):
+    if content is not None:
+        (tmp_path / compiling.MANIFEST).write_text(content)
+    monkeypatch.setenv("FA_SDPA_BUNDLE", str(tmp_path))
+    monkeypatch.setattr(compiling, "_kernels", {})
+    monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(compiling.KernelUnavailable, match=message) as raised:
+        compiling.kernel(KEYS[0])
+    assert KEYS[0].name in str(raised.value)
