@@ -71,8 +71,9 @@ class enable(_Setting):
     recomputation of its checkpoints, behave as the forward did, also after the block was left. Inside a compiled
     function only the with-block can be traced.
 
-    Code that was compiled before is compiled anew, once for each state it then runs in. ``disable()`` as a call
-    forgets even that: to switch often, use blocks.
+    The first time, and the first time after a call of ``disable()``, all that Dynamo has compiled is dropped and will
+    be compiled anew: not to be done while another thread runs compiled code. From then on, code is compiled once for
+    each state it runs in. To switch often, use blocks.
 
     Args:
         policy: "auto" (where fa4 was measured faster), "always" (wherever a kernel runs the call), "never", or a

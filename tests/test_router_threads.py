@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fa_sdpa
 from fa_sdpa import _torch_private as private
+from fa_sdpa import switch
 
 
 def qkv():
@@ -77,30 +78,30 @@ def test_one_block_in_two_threads():
     assert not fa_sdpa.is_enabled()
 
 
-def test_enable_while_another_thread_compiles_a_block():
-    """The compiling thread holds Dynamo's lock and asks for ours; the other must not hold ours and ask for Dynamo's."""
-    tracing, go_on = threading.Event(), threading.Event()
+def test_enable_while_another_thread_traces_a_block(monkeypatch):
+    """A thread that traces holds Dynamo's lock and asks for ours: enable must not hold ours and ask for Dynamo's."""
+    dynamos_lock = torch._dynamo.convert_frame.compile_lock
+    tracing, enabling, waited = threading.Event(), threading.Event(), []
 
-    def slow_backend(graph, example_inputs):
-        tracing.set()
-        go_on.wait(1)
-        return graph
+    def forget():
+        enabling.set()
+        waited.append(dynamos_lock.acquire(timeout=30))
+        dynamos_lock.release()
 
-    def attend(q, k, v):
-        with fa_sdpa.enable("always"):
-            return F.scaled_dot_product_attention(q, k, v)
+    def traces():
+        with dynamos_lock:
+            tracing.set()
+            assert enabling.wait(30)
+            switch._installation.open_trace()
+            switch._installation.close_trace()
 
-    def switches():
-        assert tracing.wait(60)
-        for _ in range(20):
-            fa_sdpa.enable("always")
-            fa_sdpa.disable()
-        go_on.set()
+    def enables():
+        assert tracing.wait(30)
+        fa_sdpa.enable("always")
 
-    compiled = torch.compile(attend, backend=slow_backend, fullgraph=True)
-    run(lambda: compiled(*X), switches)
-    with fa_sdpa.enable("always"):
-        F.scaled_dot_product_attention(*X)
+    monkeypatch.setattr(private, "forget_compiled_code", forget)
+    run(traces, enables)
+    assert waited == [True]
 
 
 def test_a_thread_without_a_block_never_sees_another_threads():
