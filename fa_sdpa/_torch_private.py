@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-TESTED = ("2.11", "2.13", "2.15")
+TESTED = ("2.11", "2.13", "2.15")  # the last one is the newest
 
 OP = "aten::scaled_dot_product_attention"
 
-# Where Dynamo keeps its part of the table below; it is imported only when routing is switched on.
 _PARTS = {
     "torch._C._dispatch_has_kernel_for_dispatch_key": "whether the op can be overridden",
     "torch._C._get_flash_sdp_enabled": "the user's choice of SDPA backends",
@@ -51,56 +50,70 @@ _PARTS = {
 }
 
 
+def _newer_than_tested() -> bool:
+    release = [int(part) for part in torch.__version__.split(".")[:2]]
+    return release > [int(part) for part in TESTED[-1].split(".")]
+
+
 def missing() -> tuple[str, ...]:
     """The parts that this torch lacks, each with what it is for. Imports ``torch._dynamo``."""
     return tuple(f"{path} ({purpose})" for path, purpose in _PARTS.items() if not _exists(path))
 
 
 def require() -> None:
-    """Raise RuntimeError, naming each part that has moved, if routing can't work on this torch."""
+    """Raise RuntimeError, naming each part that has moved, if routing can't work on this torch. Where all are there,
+    a torch newer than the tested ones gets a warning."""
     gone = missing()
     if gone:
         raise RuntimeError(
             f"fa_sdpa can't route on torch {torch.__version__}: these private parts have moved: {', '.join(gone)}. "
             f"It was tested on torch {', '.join(TESTED)}; a newer fa_sdpa may know this torch."
         )
+    if _newer_than_tested():
+        warnings.warn(f"fa_sdpa was tested on torch {', '.join(TESTED)}, not on {torch.__version__}", stacklevel=2)
 
 
 def _exists(path: str) -> bool:
     names = path.split(".")
     found: Any = torch
-    for depth, name in enumerate(names[1:], start=1):
-        if not hasattr(found, name):
-            try:
+    try:
+        for depth, name in enumerate(names[1:], start=1):
+            if not hasattr(found, name):
                 importlib.import_module(".".join(names[: depth + 1]))
-            except ImportError:
-                return False
-        if not hasattr(found, name):
-            return False
-        found = getattr(found, name)
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return False
     return True
 
 
 # ---- what the router asks torch about a call -------------------------------------------------------------------------
 
-flash_sdp_enabled: Callable[[], bool] = torch._C._get_flash_sdp_enabled
-mem_efficient_sdp_enabled: Callable[[], bool] = torch._C._get_mem_efficient_sdp_enabled
-math_sdp_enabled: Callable[[], bool] = torch._C._get_math_sdp_enabled
-cudnn_sdp_enabled: Callable[[], bool] = torch._C._get_cudnn_sdp_enabled
-functorch_interpreter = torch._C._functorch.peek_interpreter_stack  # None outside grad, vmap, jvp, functionalize
-compiler = torch._guards._TLS  # .tracing_context is there, and not None, while this thread compiles
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-
+# Nothing here may fail when it is imported: what has moved is for require() to tell.
+compiler = getattr(
+    torch._guards, "_TLS", None
+)  # its tracing_context is there, and not None, while this thread compiles
 
 unknown = object()  # stands for an argument whose value is not known while a graph is traced
 
 
 def sdp_flags() -> tuple[bool, bool, bool, bool]:
     """The user's enable flags: flash, memory-efficient, math, cuDNN."""
-    return flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
 
 
-below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
+def transform_active() -> bool:
+    """Whether a torch.func transform (grad, jvp, functionalize …) is open."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+below_autograd: Any = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", None
+)  # a block in which ops skip their Autograd kernels
 
 
 def forward_ad_active() -> bool:
@@ -110,7 +123,11 @@ def forward_ad_active() -> bool:
 
 def tracing() -> bool:
     """Whether jit.trace, make_fx or an exporter is recording this thread's calls."""
-    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
+    return torch._C._get_tracing_state() is not None or _proxy_mode() is not None
+
+
+def _proxy_mode() -> Any:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -172,11 +189,13 @@ class Override:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Warning only once for all operators|Overriding a previously)")
             self._library.impl(OP, self._kernel, "CompositeImplicitAutograd")
+        self._in_use = torch.library.get_kernel(OP, "Undefined")
 
     def uninstall(self) -> None:
-        if self._library is not None:
-            self._library._destroy()
-            self._library = None
+        """Take the kernel out, but keep it alive: another thread may be running it."""
+        assert self._library is not None
+        self._library._destroy()
+        self._library = None
 
 
 def native_kernel() -> Callable[..., torch.Tensor]:
@@ -186,6 +205,8 @@ def native_kernel() -> Callable[..., torch.Tensor]:
 
 def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:
     """Keep Dynamo from compiling this function's frames where a graph broke; tracing into it is not affected."""
+    if not _exists("torch._C._dynamo.eval_frame.set_code_exec_strategy"):
+        return  # require() tells
     frames = torch._C._dynamo.eval_frame
     action = frames._FrameAction
     recursive = action.SKIP if and_its_callees else action.DEFAULT
@@ -237,7 +258,8 @@ class DynamoHandlers:
         token: the token that holds where it is called; the graph is guarded by its result on entry.
         traced_token: Dynamo traces it: the token of the innermost block in the graph, "" outside of all.
         routes: (token) → whether calls may be routed under that token at all.
-        decide: (token, the types of query, key and value, SDPA's arguments by name) → whether this call is routed.
+        decide: (token, whether an export is traced, the types of query, key and value, SDPA's arguments by name) →
+            whether this call is routed.
         routed: Dynamo traces it in place of a routed call: (query, key, value, is_causal, scale, autocast dtypes).
     """
 
@@ -246,7 +268,7 @@ class DynamoHandlers:
         token: Callable[[], str],
         traced_token: Callable[[], str],
         routes: Callable[[str], bool],
-        decide: Callable[[str, tuple[type, ...], dict[str, Any]], bool],
+        decide: Callable[[str, bool, tuple[type, ...], dict[str, Any]], bool],
         routed: Callable[..., torch.Tensor],
     ) -> None:
         self._token, self._traced_token = token, traced_token
@@ -279,9 +301,22 @@ class DynamoHandlers:
     # Dynamo calls a handler with the variable of the function, the translator, and the arguments as variables.
 
     def _multi_head_attention(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Inlined only where it ends in an SDPA call that fa4 may take: Dynamo can't trace all that it does else."""
+        function = torch.nn.functional.multi_head_attention_forward
+        try:
+            call = inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return None  # torch words the error
+        call.apply_defaults()
+        wants = {name: _example(call.arguments[name]) for name in ("need_weights", "key_padding_mask", "attn_mask")}
+        causal = _example(call.arguments["is_causal"]) is True  # then SDPA gets no attn_mask
+        if wants["need_weights"] is not False or wants["key_padding_mask"] is not None:
+            return None
+        if wants["attn_mask"] is not None and not causal or _exporting(tx):
+            return None
         if not self._routes(self._guarded_token(tx)):
             return None
-        return _inline(tx, torch.nn.functional.multi_head_attention_forward, args, kwargs)
+        return _inline(tx, function, args, kwargs)
 
     def _sdpa(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.variables import VariableTracker
@@ -300,7 +335,7 @@ class DynamoHandlers:
             return None
         _guard_sdp_flags(tx)
         examples = {name: _example(value) for name, value in given.items()}
-        if not self._decide(token, tuple(x.python_type() for x in tensors), examples):
+        if not self._decide(token, _exporting(tx), tuple(x.python_type() for x in tensors), examples):
             return None
         dtypes = tuple(autocast_dtype(examples[name]) for name in ("query", "key", "value"))
         passed = (*tensors, given["is_causal"], given["scale"], dtypes)
@@ -313,6 +348,10 @@ class DynamoHandlers:
         if not traced:
             _guard_result(tx, self._token)
         return traced or self._token()
+
+
+def _exporting(tx: Any) -> bool:
+    return torch.compiler.is_exporting() or bool(getattr(tx, "export", False))
 
 
 def _sdpa_signature(

@@ -8,7 +8,9 @@ are keyed by that graph, can't return the other state's code.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,6 @@ from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
 _fa4 = torch.ops.fa4.attention_fwd.default
-_native = private.native_kernel()
 _PLAIN = (Tensor, Tensor, Tensor)
 
 
@@ -67,6 +68,13 @@ class Call(NamedTuple):
 
 _CACHED_CALLS = 4096
 _cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
+_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
+
+
+def take_native_kernel() -> None:
+    """To be called before ``sdpa`` becomes the op's kernel."""
+    global _native
+    _native = private.native_kernel()
 
 
 def sdpa(
@@ -148,7 +156,7 @@ def _fields(
 def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
     return Circumstances(
         private.sdp_flags(),
-        private.functorch_interpreter() is not None,
+        private.transform_active(),
         private.forward_ad_active(),
         private.tracing(),
         query.device == key.device == value.device,
@@ -175,7 +183,12 @@ def forget_decisions() -> None:
 
 def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
     nested = query.is_nested or key.is_nested or value.is_nested
-    return tally("eager", Decision("native", _unusual_types((type(query), type(key), type(value)), nested)))
+    return _unusual_tally((type(query), type(key), type(value)), nested)
+
+
+@functools.lru_cache(maxsize=256)
+def _unusual_tally(types: tuple[type, ...], nested: bool) -> Tally:
+    return tally("eager", Decision("native", _unusual_types(types, nested)))
 
 
 def _unusual_types(types: tuple[type, ...], nested: bool) -> tuple[Reason, ...]:
@@ -297,41 +310,40 @@ def _in_words(call: Call) -> str:
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def routed_in_graph(token: str, types: tuple[type, ...], arguments: dict[str, Any]) -> bool:
+def routed_in_graph(token: str, exporting: bool, types: tuple[type, ...], arguments: dict[str, Any]) -> bool:
     """Whether Dynamo, tracing under ``token``, is to put fa4 into its graph for one call.
 
     Args:
+        exporting: whether the graph is to be exported.
         types: of query, key and value, as the traced program sees them.
         arguments: SDPA's, by name: fake tensors, SymInts, constants, or ``private.unknown``.
     """
-    decision = _decide_in_graph(token, types, **arguments)
+    decision = Decision("native", (_EXPORT,)) if exporting else _decide_in_graph(token, types, **arguments)
     tally("compiled", decision).tick()
     return decision.routed
 
 
+_IN_GRAPH: dict[str, Any] = {  # what may stand in a graph for these arguments; others are torch's to judge
+    "attn_mask": (Tensor, type(None)),
+    "dropout_p": (float, int),
+    "is_causal": bool,
+    "scale": (float, int, torch.SymFloat, torch.SymInt, type(None)),
+    "enable_gqa": bool,
+}
+
+
 def _decide_in_graph(
-    token: str,
-    types: tuple[type, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    token: str, types: tuple[type, ...], query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> Decision:
-    if torch.compiler.is_exporting():
-        return Decision("native", (_EXPORT,))
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
-    unknown = [name for name, option in options.items() if not isinstance(option, (bool, int, float))]
-    if unknown:
-        return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unknown)}"),))
+    unclear = [name for name, kinds in _IN_GRAPH.items() if not isinstance(options[name], kinds)]
+    if unclear:
+        return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unclear)}"),))
     unusual = _unusual_types(types, query.is_nested or key.is_nested or value.is_nested)
     if unusual:
         return Decision("native", unusual)
-    known_scale = scale if isinstance(scale, float) else None  # a SymFloat is handed on, and decides nothing
-    call = _call(token, query, key, value, attn_mask, dropout_p, is_causal, known_scale, enable_gqa)
+    if not isinstance(options["scale"], float):
+        options["scale"] = None  # one that is symbolic is handed on to the op, and decides nothing
+    call = _call(token, query, key, value, *(options[name] for name in _IN_GRAPH))
     call = call._replace(circumstances=call.circumstances._replace(in_trace=False))  # of the compiler's own
     try:
         decision = decide_call(call)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import fa_sdpa
 from fa_sdpa import _torch_private as private
+from fa_sdpa import switch
 
 
 def qkv():
@@ -61,6 +62,48 @@ def test_blocks_of_two_threads_at_once():
     assert not fa_sdpa.is_enabled()
 
 
+def test_one_block_in_two_threads():
+    block = fa_sdpa.enable("always")
+    fa_sdpa.disable()
+
+    def body(around):
+        for _ in range(100):
+            with around():
+                outside = code()
+                with block:
+                    assert code() == "policy_always"
+                assert code() == outside
+
+    run(lambda: body(fa_sdpa.disable), lambda: body(lambda: fa_sdpa.enable("never")))
+    assert not fa_sdpa.is_enabled()
+
+
+def test_enable_while_another_thread_traces_a_block(monkeypatch):
+    """A thread that traces holds Dynamo's lock and asks for ours: enable must not hold ours and ask for Dynamo's."""
+    dynamos_lock = torch._dynamo.convert_frame.compile_lock
+    tracing, enabling, waited = threading.Event(), threading.Event(), []
+
+    def forget():
+        enabling.set()
+        waited.append(dynamos_lock.acquire(timeout=30))
+        dynamos_lock.release()
+
+    def traces():
+        with dynamos_lock:
+            tracing.set()
+            assert enabling.wait(30)
+            switch._installation.open_trace()
+            switch._installation.close_trace()
+
+    def enables():
+        assert tracing.wait(30)
+        fa_sdpa.enable("always")
+
+    monkeypatch.setattr(private, "forget_compiled_code", forget)
+    run(traces, enables)
+    assert waited == [True]
+
+
 def test_a_thread_without_a_block_never_sees_another_threads():
     before = torch._C._dispatch_dump(private.OP)
     stop = threading.Event()
@@ -82,6 +125,23 @@ def test_a_thread_without_a_block_never_sees_another_threads():
 
     run(switches, looks, looks)
     assert fa_sdpa.stats().routed == 0
+    fa_sdpa.disable()
+    assert torch._C._dispatch_dump(private.OP) == before
+
+
+def test_blocks_take_no_kernel_out_under_another_thread():
+    """Torch's dispatcher would crash calls in flight: the kernel stays until a block is left by the only thread."""
+    before = torch._C._dispatch_dump(private.OP)
+
+    def body():
+        with fa_sdpa.enable("always"):
+            pass
+        assert torch._C._dispatch_dump(private.OP) != before
+
+    run(body)
+    assert torch._C._dispatch_dump(private.OP) != before
+    with fa_sdpa.enable("always"):
+        pass
     assert torch._C._dispatch_dump(private.OP) == before
 
 
@@ -113,6 +173,7 @@ def test_disable_while_another_threads_block_is_open():
     before = torch._C._dispatch_dump(private.OP)
     run(holds, calls)
     assert fa_sdpa.stats().routed == 1
+    fa_sdpa.disable()
     assert torch._C._dispatch_dump(private.OP) == before
 
 
