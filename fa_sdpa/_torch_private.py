@@ -27,6 +27,7 @@ _PARTS = {
     "torch._C._get_math_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._get_cudnn_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._functorch.peek_interpreter_stack": "torch.func transforms",
+    "torch._C._AutoDispatchBelowAutograd": "autograd of the ops",
     "torch.autograd.forward_ad._current_level": "forward-mode AD",
     "torch._C._get_tracing_state": "torch.jit.trace",
     "torch._C._get_dispatch_mode": "make_fx",
@@ -97,6 +98,9 @@ unknown = object()  # stands for an argument whose value is not known while a gr
 def sdp_flags() -> tuple[bool, bool, bool, bool]:
     """The user's enable flags: flash, memory-efficient, math, cuDNN."""
     return flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()
+
+
+below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
 
 
 def forward_ad_active() -> bool:
@@ -312,8 +316,16 @@ class DynamoHandlers:
 
 
 def _sdpa_signature(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
-):  # type: ignore[no-untyped-def]
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    *,
+    scale: Any = None,
+    enable_gqa: Any = False,
+) -> None:
     """The op's signature: the Python builtin has none to inspect."""
 
 
@@ -332,7 +344,7 @@ def _dynamo_handlers() -> dict[Any, Callable[..., Any]]:
     return TorchInGraphFunctionVariable._get_handlers()
 
 
-def _inline(tx: Any, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+def _inline(tx: Any, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     from torch._dynamo.trace_rules import _force_inline
     from torch._dynamo.variables.functions import UserFunctionVariable
 
@@ -395,11 +407,10 @@ class CheckpointBinding:
         self._bind, self._bind_off = bind, bind_off
 
     def install(self) -> None:
-        from torch.utils import checkpoint
-
+        function, frame = _checkpoint_classes()
         bind, bind_off = self._bind, self._bind_off
-        self._forward = forward = checkpoint.CheckpointFunction.__dict__["forward"]
-        self._backward = backward = checkpoint.CheckpointFunction.__dict__["backward"]
+        self._forward = forward = vars(function)["forward"]
+        self._backward = backward = vars(function)["backward"]
 
         def bound_forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
             return forward.__func__(ctx, bind(run_function), *args)
@@ -408,20 +419,24 @@ class CheckpointBinding:
             ctx.run_function = bind_off(ctx.run_function)
             return backward.__func__(ctx, *grads)
 
-        # Non-reentrant: the frame keeps its recomputation in an attribute, which becomes a property of the class.
+        # Non-reentrant: a frame keeps its recomputation in an attribute, which becomes a property of the class.
         def get(frame: Any) -> Callable[..., Any]:
-            return bind_off(frame.__dict__["recompute_fn"])
+            return bind_off(vars(frame)["recompute_fn"])
 
-        def put(frame: Any, function: Callable[..., Any]) -> None:
-            frame.__dict__["recompute_fn"] = bind(function)
+        def put(frame: Any, recompute: Callable[..., Any]) -> None:
+            vars(frame)["recompute_fn"] = bind(recompute)
 
-        checkpoint.CheckpointFunction.forward = staticmethod(bound_forward)
-        checkpoint.CheckpointFunction.backward = staticmethod(bound_backward)
-        checkpoint._CheckpointFrame.recompute_fn = property(get, put)
+        function.forward, function.backward = staticmethod(bound_forward), staticmethod(bound_backward)
+        frame.recompute_fn = property(get, put)
 
     def uninstall(self) -> None:
-        from torch.utils import checkpoint
+        function, frame = _checkpoint_classes()
+        function.forward, function.backward = self._forward, self._backward
+        del frame.recompute_fn
 
-        checkpoint.CheckpointFunction.forward = self._forward
-        checkpoint.CheckpointFunction.backward = self._backward
-        del checkpoint._CheckpointFrame.recompute_fn
+
+def _checkpoint_classes() -> tuple[Any, Any]:
+    """Of the reentrant kind the autograd function, of the other the frame."""
+    from torch.utils import checkpoint
+
+    return checkpoint.CheckpointFunction, checkpoint._CheckpointFrame

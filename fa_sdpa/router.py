@@ -9,7 +9,6 @@ are keyed by that graph, can't return the other state's code.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,17 +16,32 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _torch_private as private
+from .counts import Tally, tally
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 from .ops import VERSION
 from .policy import decide
 from .state import OFF, current_token, policy_of, process, thread
-from .counts import Tally, tally
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
 _fa4 = torch.ops.fa4.attention_fwd.default
 _native = private.native_kernel()
 _PLAIN = (Tensor, Tensor, Tensor)
+
+
+class Circumstances(NamedTuple):
+    """What keeps a call with torch wherever it deviates from these defaults, and else decides nothing."""
+
+    sdp_flags: tuple[bool, bool, bool, bool] = (True, True, True, True)
+    in_transform: bool = False  # torch.func
+    in_forward_ad: bool = False
+    in_trace: bool = False  # jit.trace, make_fx or export is recording
+    one_device: bool = True
+    one_dtype: bool = True
+    rows_contiguous: bool = True
+
+
+_ORDINARY = Circumstances()
 
 
 class Call(NamedTuple):
@@ -37,8 +51,8 @@ class Call(NamedTuple):
     query: torch.Size
     key: torch.Size
     value: torch.Size
-    devices: tuple[torch.device, torch.device, torch.device]  # of query, key, value
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    device: torch.device
+    dtype: torch.dtype
     mask: torch.dtype | None
     dropout_p: float
     is_causal: bool
@@ -46,11 +60,7 @@ class Call(NamedTuple):
     enable_gqa: bool
     needs_grad: bool
     deterministic: bool
-    sdp_flags: tuple[bool, bool, bool, bool]
-    in_transform: bool  # torch.func
-    in_forward_ad: bool
-    in_trace: bool  # jit.trace, make_fx or export is recording
-    last_dim_contiguous: bool = True
+    circumstances: Circumstances = _ORDINARY
 
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
@@ -87,16 +97,18 @@ def _eager_tally(token: str, query: Tensor, key: Tensor, value: Tensor, *options
     """The tally that an eager call counts in, which says where it goes; None while a compiler traces the call."""
     if getattr(private.compiler, "tracing_context", None) is not None:
         return tally("eager", Decision("native", (_EXPORT,))) if torch.compiler.is_exporting() else None
-    if (type(query), type(key), type(value)) != _PLAIN and not _plain(query, key, value):
+    if not type(query) is type(key) is type(value) is Tensor and not _plain(query, key, value):
         return _unusual(query, key, value)
     try:
-        call = _call(token, query, key, value, *options)
+        call = _fields(token, query, key, value, *options)
     except RuntimeError:  # a strided nested tensor is plain by its type, and has no shape
         return _unusual(query, key, value)
     counted = _cache.get(call) or _remember(call)
-    if counted[0] and not _rows_contiguous(query, key, value):
-        call = (*call, False)  # looked at in routed calls only: asking for three strides costs 0.4 µs
-        counted = _cache.get(call) or _remember(call)
+    if counted[0]:  # the circumstances, which cost 2 µs to look at, can only take a call away from fa4
+        circumstances = _circumstances(query, key, value)
+        if circumstances != _ORDINARY:
+            call = (*call, circumstances)
+            counted = _cache.get(call) or _remember(call)
     return counted
 
 
@@ -104,11 +116,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return all(type(x) is Tensor or type(x) is Parameter for x in (query, key, value))
 
 
-def _rows_contiguous(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return all(x.layout is torch.strided and x.stride(-1) == 1 for x in (query, key, value))
-
-
-def _call(
+def _fields(
     token: str,
     query: Tensor,
     key: Tensor,
@@ -119,14 +127,14 @@ def _call(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Any, ...]:
-    """The fields of a Call but for the last, as a plain tuple: cheaper to make, and equal to it in a dict."""
+    """The fields of a Call in ordinary circumstances: a plain tuple is cheaper to make than a named one."""
     return (
         token,
         query.shape,
         key.shape,
         value.shape,
-        (query.device, key.device, value.device),
-        (query.dtype, key.dtype, value.dtype),
+        query.device,
+        query.dtype,
         None if attn_mask is None else attn_mask.dtype,
         dropout_p,
         is_causal,
@@ -134,20 +142,29 @@ def _call(
         enable_gqa,
         torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
         torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
+    return Circumstances(
         private.sdp_flags(),
         private.functorch_interpreter() is not None,
         private.forward_ad_active(),
         private.tracing(),
+        query.device == key.device == value.device,
+        query.dtype == key.dtype == value.dtype,
+        all(x.layout is torch.strided and x.stride(-1) == 1 for x in (query, key, value)),
     )
 
 
-def _remember(call: tuple[Any, ...]) -> Tally:
-    decision = decide_call(Call(*call))
-    _say_once(Call(*call), decision)
+def _remember(fields: tuple[Any, ...]) -> Tally:
+    call = Call(*fields)
+    decision = decide_call(call)
+    _say_once(call, decision)
     counted = tally("eager", decision)
     if len(_cache) >= _CACHED_CALLS:
         _cache.clear()
-    _cache[call] = counted
+    _cache[fields] = counted
     return counted
 
 
@@ -178,15 +195,22 @@ def _unusual_types(types: tuple[type, ...], nested: bool) -> tuple[Reason, ...]:
 _EXPORT = Reason("tracing", "torch.export is recording")
 
 
+def _call(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Call:
+    """The whole call, as it looks before autocast has cast its inputs."""
+    dtypes = [private.autocast_dtype(x) or x.dtype for x in (query, key, value)]
+    now = _circumstances(query, key, value)._replace(one_dtype=len(set(dtypes)) == 1)
+    return Call(*_fields(token, query, key, value, *options))._replace(dtype=dtypes[0], circumstances=now)
+
+
 # ---- the decision ----------------------------------------------------------------------------------------------------
 
 
 def decide_call(call: Call) -> Decision:
     """Where a call goes, with every reason of a refusal."""
-    reasons = (*_circumstances(call), *_malformed(call))
+    reasons = (*_against_circumstances(call.circumstances), *_against_shapes(call))
     if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
         return Decision("native", reasons)  # no spec can be made of it
-    decision = decide(_spec(call), Target.of(call.devices[0]), policy_of(call.token))
+    decision = decide(_spec(call), Target.of(call.device), policy_of(call.token))
     if not reasons:
         return decision
     return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
@@ -195,7 +219,7 @@ def decide_call(call: Call) -> Decision:
 def _spec(call: Call) -> AttentionSpec:
     batch, num_heads, seqlen_q, head_dim = call.query
     return AttentionSpec(
-        call.dtypes[0],
+        call.dtype,
         batch,
         num_heads,
         call.value[1],
@@ -209,49 +233,44 @@ def _spec(call: Call) -> AttentionSpec:
         call.scale,
         call.needs_grad,
         call.deterministic,
-        call.last_dim_contiguous,
+        call.circumstances.rows_contiguous,
     )
 
 
 _SDP_NAMES = ("flash", "mem_efficient", "math", "cudnn")
 
 
-def _circumstances(call: Call) -> list[Reason]:
-    """Why any call made here and now stays with torch."""
+def _against_circumstances(now: Circumstances) -> list[Reason]:
+    """Why a call stays with torch here and now; what its kernel needs of the strides is the policy's to say."""
     reasons = []
-    if not all(call.sdp_flags):
-        off = ", ".join(name for name, enabled in zip(_SDP_NAMES, call.sdp_flags, strict=True) if not enabled)
-        reasons.append(Reason("sdp_backends", f"the user has narrowed SDPA's backends: {off} disabled"))
-    if call.in_transform:
+    if not all(now.sdp_flags):
+        off = ", ".join(name for name, enabled in zip(_SDP_NAMES, now.sdp_flags, strict=True) if not enabled)
+        reasons.append(Reason("sdp_backends", f"SDPA's backends were narrowed: {off} disabled"))
+    if now.in_transform:
         reasons.append(Reason("transform", "a torch.func transform is open"))
-    if call.in_forward_ad:
+    if now.in_forward_ad:
         reasons.append(Reason("forward_ad", "a forward-mode AD level is open, and fa4 has no forward derivative"))
-    if call.in_trace:
+    if now.in_trace:
         reasons.append(Reason("tracing", "jit.trace, make_fx or torch.export is recording"))
+    if not now.one_device:
+        reasons.append(Reason("devices", "query, key and value are not on one device"))
+    if not now.one_dtype:
+        reasons.append(Reason("dtypes", "query, key and value are not of one dtype"))
     return reasons
 
 
-def _malformed(call: Call) -> list[Reason]:
+def _against_shapes(call: Call) -> list[Reason]:
     """What torch may refuse, or serve with its own broadcasting: its kernel and its words, not ours."""
-    reasons = []
-    if call.devices[1:] != call.devices[:1] * 2:
-        reasons.append(Reason("devices", f"query, key and value are on {', '.join(map(str, call.devices))}"))
-    if call.dtypes[1:] != call.dtypes[:1] * 2:
-        reasons.append(Reason("dtypes", f"query, key and value are {', '.join(map(str, call.dtypes))}"))
-    shapes = (call.query, call.key, call.value)
+    shapes = query, key, value = call.query, call.key, call.value
     if any(len(shape) != 4 for shape in shapes):
-        return [*reasons, _shapes("not_4d", "only (B, H, S, D) inputs are routed", shapes)]
-    query, key, value = shapes
+        return [_shapes("not_4d", "only (B, H, S, D) inputs are routed", shapes)]
     if any(isinstance(size, int) and size == 0 for shape in shapes for size in shape):
-        reasons.append(_shapes("empty", "a size is 0", shapes))
-    elif not (
-        private.equal(query[0], key[0])
-        and private.equal(query[3], key[3])
-        and all(private.equal(a, b) for a, b in zip(key[:3], value[:3], strict=True))
-        and (private.equal(query[1], key[1]) or call.enable_gqa and private.equal(query[1] % key[1], 0))
-    ):
-        reasons.append(_shapes("shapes", "the shapes don't agree, or broadcast, or heads differ without enable_gqa", shapes))
-    return reasons
+        return [_shapes("empty", "a size is 0", shapes)]
+    same = private.equal
+    agree = same(query[0], key[0]) and same(query[3], key[3]) and all(map(same, key[:3], value[:3]))
+    if not agree or not (same(query[1], key[1]) or call.enable_gqa and same(query[1] % key[1], 0)):
+        return [_shapes("shapes", "shapes disagree, or broadcast, or head counts differ without enable_gqa", shapes)]
+    return []
 
 
 def _shapes(code: str, what: str, shapes: tuple[torch.Size, torch.Size, torch.Size]) -> Reason:
@@ -272,7 +291,7 @@ def _say_once(call: Call, decision: Decision) -> None:
 def _in_words(call: Call) -> str:
     shapes = " ".join("x".join(map(str, shape)) for shape in (call.query, call.key, call.value))
     options = [name for name in ("is_causal", "enable_gqa", "needs_grad") if getattr(call, name)]
-    return f"{call.dtypes[0]} {call.devices[0]} {shapes}" + "".join(f" {name}" for name in options)
+    return f"{call.dtype} {call.device} {shapes}" + "".join(f" {name}" for name in options)
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
@@ -312,9 +331,8 @@ def _decide_in_graph(
     if unusual:
         return Decision("native", unusual)
     known_scale = scale if isinstance(scale, float) else None  # a SymFloat is handed on, and decides nothing
-    fields = _call(token, query, key, value, attn_mask, dropout_p, is_causal, known_scale, enable_gqa)
-    dtypes = tuple(private.autocast_dtype(x) or x.dtype for x in (query, key, value))
-    call = Call(*fields)._replace(dtypes=dtypes, in_trace=False, last_dim_contiguous=_rows_contiguous(query, key, value))
+    call = _call(token, query, key, value, attn_mask, dropout_p, is_causal, known_scale, enable_gqa)
+    call = call._replace(circumstances=call.circumstances._replace(in_trace=False))  # of the compiler's own
     try:
         decision = decide_call(call)
     except private.data_dependent_error() as error:
@@ -332,7 +350,7 @@ def fa4_in_graph(
     autocast: tuple[torch.dtype | None, ...],
 ) -> Tensor:
     """What Dynamo traces in place of a routed call; ``autocast`` has the dtype to cast each tensor to, if any."""
-    query, key, value = (x if to is None else x.to(to) for x, to in zip((query, key, value), autocast))
+    query, key, value = (x if to is None else x.to(to) for x, to in zip((query, key, value), autocast, strict=True))
     return torch.ops.fa4.attention_fwd(query, key, value, is_causal=is_causal, scale=scale, version=VERSION)[0]
 
 
@@ -366,10 +384,7 @@ def explain(
     off = () if routes(token) else (Reason("off", "routing is off here: fa_sdpa.enable() turns it on"),)
     if unusual or off:
         return Decision("native", (*off, *unusual, *others))
-    fields = _call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    dtypes = tuple(private.autocast_dtype(x) or x.dtype for x in (query, key, value))
-    call = Call(*fields, _rows_contiguous(query, key, value))._replace(dtypes=dtypes)
-    decision = decide_call(call)
+    decision = decide_call(_call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     return decision._replace(reasons=(*decision.reasons, *others))
 
 

@@ -19,7 +19,6 @@ from . import router
 from .policy import Policy
 from .state import OFF, current_token, process, thread, token_of, traced_token
 
-
 _NOT_TRACEABLE = "in compiled code, fa_sdpa.enable() and disable() must be the expression of a with statement"
 
 
@@ -32,6 +31,7 @@ class _Block:
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
+            _open_trace()
             self._outer.append(thread.traced)
             thread.traced = self._token
         else:
@@ -53,7 +53,7 @@ class _Setting(_Block):
     def __init__(self, token: str) -> None:
         super().__init__(token)
         if torch.compiler.is_dynamo_compiling():
-            if not _prepare_trace():
+            if not _traced_before_with():
                 torch._dynamo.graph_break(msg=_NOT_TRACEABLE)
         elif not _followed_by_with(sys._getframe(2)):
             _installation.set_process(self, token)
@@ -129,12 +129,15 @@ def _followed_by_with(frame: FrameType) -> bool:
 
 
 @private.constant_while_tracing
-def _prepare_trace() -> bool:
-    """Dynamo runs this while it traces ``_Setting.__init__``: whether what is made there is entered at once."""
-    if private.traced_opcode(outside=__file__) not in _WITH:
-        return False
+def _traced_before_with() -> bool:
+    """The same for the call that Dynamo, which runs this, is tracing."""
+    return private.traced_opcode(outside=__file__) in _WITH
+
+
+@private.constant_while_tracing
+def _open_trace() -> None:
+    """Dynamo runs this where it traces the entering of a block: from there on it needs its handlers."""
     private.while_this_trace_lasts(_installation.open_trace, _installation.close_trace)
-    return True
 
 
 class _Bound:
@@ -252,6 +255,7 @@ class _Installation:
 
 
 _installation = _Installation()
-for _method in (_Block.__init__, _Block.__enter__, _Block.__exit__, _Setting.__init__, enable.__init__, disable.__init__):
-    private.leave_frame_to_python(_method, and_its_callees=True)
+for _class in (_Block, _Setting, enable, disable):
+    for _name in {"__init__", "__enter__", "__exit__"} & vars(_class).keys():
+        private.leave_frame_to_python(vars(_class)[_name], and_its_callees=True)
 private.leave_frame_to_python(_Bound.__call__, and_its_callees=False)

@@ -14,8 +14,8 @@ PACKAGE = Path(fa_sdpa.__file__).parent
 LAYERS = (
     {"meta"},
     {"kernels", "reference"},
-    {"ops", "policy"},
     {"_torch_private"},
+    {"ops", "policy"},
     {"state", "counts"},
     {"router"},
     {"switch"},

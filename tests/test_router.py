@@ -606,7 +606,7 @@ def test_stats_are_counted_and_reset():
 def test_explain_runs_nothing():
     x = qkv()
     with fa_sdpa.enable("always"):
-        assert fa_sdpa.explain(*x, is_causal=True) .routed
+        assert fa_sdpa.explain(*x, is_causal=True).routed
     assert fa_sdpa.stats().eager == (0, 0, {})
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _torch_private as private
 from .. import kernels
 from ..kernels import launch
 from ..kernels.cpu import attention as cpu
@@ -221,7 +222,7 @@ def _bwd_fake(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-u
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, sink, kwargs):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             out, lse = _fwd(query, key, value, sink=sink, **kwargs)
         ctx.save_for_backward(query, key, value, out, lse, sink)
         ctx.kwargs = kwargs
@@ -247,7 +248,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, dout, query, key, value, out, lse, kwargs):  # type: ignore[no-untyped-def]
-        with torch._C._AutoDispatchBelowAutograd():
+        with private.below_autograd():
             return _bwd(dout, query, key, value, out, lse, **kwargs)
 
     @staticmethod
@@ -260,7 +261,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
     """Whether a derivative of a call on these tensors may be asked for; raises where we could not give it."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if private.functorch_interpreter() is not None or private.forward_ad_active():
         raise RuntimeError(
             "fa4::attention_fwd takes no part in torch.func transforms and forward-mode AD: call "
             "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
@@ -272,7 +273,7 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     if _is_recorded(query, key, value, sink):
         return _Attention.apply(query, key, value, sink, kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         return _fwd(query, key, value, sink=sink, **kwargs)
 
 
@@ -280,5 +281,5 @@ def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no
 def _bwd_autograd(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
     if _is_recorded(dout, query, key, value, out):
         return _AttentionBackward.apply(dout, query, key, value, out, lse, kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with private.below_autograd():
         return _bwd(dout, query, key, value, out, lse, **kwargs)
