@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-TESTED = ("2.11", "2.13", "2.15")
+TESTED = ("2.11", "2.13", "2.15")  # the last one is the newest
 
 OP = "aten::scaled_dot_product_attention"
 
-# Where Dynamo keeps its part of the table below; it is imported only when routing is switched on.
 _PARTS = {
     "torch._C._dispatch_has_kernel_for_dispatch_key": "whether the op can be overridden",
     "torch._C._get_flash_sdp_enabled": "the user's choice of SDPA backends",
@@ -51,53 +50,65 @@ _PARTS = {
 }
 
 
+def _newer_than_tested() -> bool:
+    release = [int(part) for part in torch.__version__.split(".")[:2]]
+    return release > [int(part) for part in TESTED[-1].split(".")]
+
+
 def missing() -> tuple[str, ...]:
     """The parts that this torch lacks, each with what it is for. Imports ``torch._dynamo``."""
     return tuple(f"{path} ({purpose})" for path, purpose in _PARTS.items() if not _exists(path))
 
 
 def require() -> None:
-    """Raise RuntimeError, naming each part that has moved, if routing can't work on this torch."""
+    """Raise RuntimeError, naming each part that has moved, if routing can't work on this torch. Where all are there,
+    a torch newer than the tested ones gets a warning."""
     gone = missing()
     if gone:
         raise RuntimeError(
             f"fa_sdpa can't route on torch {torch.__version__}: these private parts have moved: {', '.join(gone)}. "
             f"It was tested on torch {', '.join(TESTED)}; a newer fa_sdpa may know this torch."
         )
+    if _newer_than_tested():
+        warnings.warn(f"fa_sdpa was tested on torch {', '.join(TESTED)}, not on {torch.__version__}", stacklevel=2)
 
 
 def _exists(path: str) -> bool:
     names = path.split(".")
     found: Any = torch
-    for depth, name in enumerate(names[1:], start=1):
-        if not hasattr(found, name):
-            try:
+    try:
+        for depth, name in enumerate(names[1:], start=1):
+            if not hasattr(found, name):
                 importlib.import_module(".".join(names[: depth + 1]))
-            except ImportError:
-                return False
-        if not hasattr(found, name):
-            return False
-        found = getattr(found, name)
+            found = getattr(found, name)
+    except (ImportError, AttributeError):
+        return False
     return True
 
 
 # ---- what the router asks torch about a call -------------------------------------------------------------------------
 
-flash_sdp_enabled: Callable[[], bool] = torch._C._get_flash_sdp_enabled
-mem_efficient_sdp_enabled: Callable[[], bool] = torch._C._get_mem_efficient_sdp_enabled
-math_sdp_enabled: Callable[[], bool] = torch._C._get_math_sdp_enabled
-cudnn_sdp_enabled: Callable[[], bool] = torch._C._get_cudnn_sdp_enabled
-functorch_interpreter = torch._C._functorch.peek_interpreter_stack  # None outside grad, vmap, jvp, functionalize
-compiler = torch._guards._TLS  # .tracing_context is there, and not None, while this thread compiles
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-
+# Nothing here may fail when it is imported: what has moved is for require() to tell.
+compiler = getattr(
+    torch._guards, "_TLS", None
+)  # its tracing_context is there, and not None, while this thread compiles
 
 unknown = object()  # stands for an argument whose value is not known while a graph is traced
 
 
 def sdp_flags() -> tuple[bool, bool, bool, bool]:
     """The user's enable flags: flash, memory-efficient, math, cuDNN."""
-    return flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled(), cudnn_sdp_enabled()
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
+
+
+def transform_active() -> bool:
+    """Whether a torch.func transform (grad, jvp, functionalize …) is open."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
@@ -110,7 +121,11 @@ def forward_ad_active() -> bool:
 
 def tracing() -> bool:
     """Whether jit.trace, make_fx or an exporter is recording this thread's calls."""
-    return torch._C._get_tracing_state() is not None or torch._C._get_dispatch_mode(_PROXY) is not None
+    return torch._C._get_tracing_state() is not None or _proxy_mode() is not None
+
+
+def _proxy_mode() -> Any:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
 
 
 def equal(a: Any, b: Any) -> bool:
@@ -186,6 +201,8 @@ def native_kernel() -> Callable[..., torch.Tensor]:
 
 def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:
     """Keep Dynamo from compiling this function's frames where a graph broke; tracing into it is not affected."""
+    if not _exists("torch._C._dynamo.eval_frame.set_code_exec_strategy"):
+        return  # require() tells
     frames = torch._C._dynamo.eval_frame
     action = frames._FrameAction
     recursive = action.SKIP if and_its_callees else action.DEFAULT
@@ -279,9 +296,20 @@ class DynamoHandlers:
     # Dynamo calls a handler with the variable of the function, the translator, and the arguments as variables.
 
     def _multi_head_attention(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if not self._routes(self._guarded_token(tx)):
+        """Inlined only where it ends in an SDPA call that fa4 may take: Dynamo can't trace all that it does else."""
+        function = torch.nn.functional.multi_head_attention_forward
+        try:
+            call = inspect.signature(function).bind(*args, **kwargs)
+        except TypeError:
+            return None  # torch words the error
+        call.apply_defaults()
+        wants = {name: _example(call.arguments[name]) for name in ("need_weights", "key_padding_mask", "attn_mask")}
+        causal = _example(call.arguments["is_causal"]) is True  # then SDPA gets no attn_mask
+        if wants["need_weights"] is not False or wants["key_padding_mask"] is not None:
             return None
-        return _inline(tx, torch.nn.functional.multi_head_attention_forward, args, kwargs)
+        if wants["attn_mask"] is not None and not causal or not self._routes(self._guarded_token(tx)):
+            return None
+        return _inline(tx, function, args, kwargs)
 
     def _sdpa(self, variable: Any, tx: Any, /, *args: Any, **kwargs: Any) -> Any:
         from torch._dynamo.variables import VariableTracker

@@ -8,7 +8,9 @@ are keyed by that graph, can't return the other state's code.
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +27,6 @@ from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
 _fa4 = torch.ops.fa4.attention_fwd.default
-_native = private.native_kernel()
 _PLAIN = (Tensor, Tensor, Tensor)
 
 
@@ -67,6 +68,13 @@ class Call(NamedTuple):
 
 _CACHED_CALLS = 4096
 _cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
+_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
+
+
+def take_native_kernel() -> None:
+    """To be called before ``sdpa`` becomes the op's kernel."""
+    global _native
+    _native = private.native_kernel()
 
 
 def sdpa(
@@ -148,7 +156,7 @@ def _fields(
 def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
     return Circumstances(
         private.sdp_flags(),
-        private.functorch_interpreter() is not None,
+        private.transform_active(),
         private.forward_ad_active(),
         private.tracing(),
         query.device == key.device == value.device,
@@ -175,7 +183,12 @@ def forget_decisions() -> None:
 
 def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
     nested = query.is_nested or key.is_nested or value.is_nested
-    return tally("eager", Decision("native", _unusual_types((type(query), type(key), type(value)), nested)))
+    return _unusual_tally((type(query), type(key), type(value)), nested)
+
+
+@functools.lru_cache(maxsize=256)
+def _unusual_tally(types: tuple[type, ...], nested: bool) -> Tally:
+    return tally("eager", Decision("native", _unusual_types(types, nested)))
 
 
 def _unusual_types(types: tuple[type, ...], nested: bool) -> tuple[Reason, ...]:

@@ -18,6 +18,7 @@ OFF = "off"
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.token = ""  # "": no block is open in this thread, the process decides
+        self.outer: list[str] = []  # the tokens of the blocks around the innermost one
         self.traced = ""  # the same for blocks inside compiled code: only Dynamo ever sees another value
 
 

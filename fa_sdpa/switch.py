@@ -23,27 +23,27 @@ _NOT_TRACEABLE = "in compiled code, fa_sdpa.enable() and disable() must be the e
 
 
 class _Block:
-    """Sets the thread's token while it is open; it may be opened again inside itself."""
+    """Sets the thread's token while it is open; it may be opened again inside itself, and in other threads."""
 
     def __init__(self, token: str) -> None:
         self._token = token
-        self._outer: list[str] = []  # the tokens to go back to
+        self._outer_traced: list[str] = []
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
             _open_trace()
-            self._outer.append(thread.traced)
+            self._outer_traced.append(thread.traced)
             thread.traced = self._token
         else:
             _installation.open_block(self, self._token)
-            self._outer.append(thread.token)
+            thread.outer.append(thread.token)
             thread.token = self._token
 
     def __exit__(self, *exc: object) -> None:
         if torch.compiler.is_dynamo_compiling():
-            thread.traced = self._outer.pop()
+            thread.traced = self._outer_traced.pop()
         else:
-            thread.token = self._outer.pop()
+            thread.token = thread.outer.pop()
             _installation.close_block(self._token)
 
 
@@ -182,6 +182,7 @@ class _Installation:
         self._users = 0  # open blocks that are on, and the process if it is
         self._traces = 0  # traces at work with a block in them
         self._keep_handlers = False  # since the first user, until disable() is called
+        self._forget_due = False  # there may be code compiled without the handlers
         self._last_call: tuple[_Setting | None, str] = None, OFF  # and the token that it replaced
 
     def set_process(self, setting: _Setting, token: str) -> None:
@@ -192,6 +193,7 @@ class _Installation:
             if token == OFF:
                 self._keep_handlers = False
                 self._drop_handlers_if_idle()
+        self._forget_if_due()
 
     def open_block(self, block: _Block, token: str) -> None:
         with self._lock:
@@ -201,6 +203,7 @@ class _Installation:
                 self._last_call = None, OFF
             if token != OFF:
                 self._add_user()
+        self._forget_if_due()
 
     def close_block(self, token: str) -> None:
         with self._lock:
@@ -243,11 +246,17 @@ class _Installation:
         if not self._keep_handlers:
             if not self._handlers.installed:
                 self._handlers.install()
-            if dynamo_may_have_compiled:
-                private.forget_compiled_code()
+            self._forget_due = dynamo_may_have_compiled
             self._keep_handlers = True
+        router.take_native_kernel()
         self._override.install()
         self._checkpoint.install()
+
+    def _forget_if_due(self) -> None:
+        """Not under our lock: this waits for a compilation at work in another thread, which may wait for our lock."""
+        if self._forget_due:
+            self._forget_due = False
+            private.forget_compiled_code()
 
     def _drop_handlers_if_idle(self) -> None:
         if self._handlers.installed and not (self._keep_handlers or self._users or self._traces):

@@ -125,6 +125,18 @@ def test_multihead_attention(training):
     same(out, expected)
 
 
+def test_causal_bias():
+    """A mask that is a Tensor subclass: torch itself turns the upper-left one into is_causal."""
+    from torch.nn.attention.bias import causal_upper_left
+
+    q, k, v = qkv()
+    bias = causal_upper_left(17, 17)
+    expected = F.scaled_dot_product_attention(q, k, v, bias)
+    with fa_sdpa.enable("always"):
+        same(F.scaled_dot_product_attention(q, k, v, bias), expected)
+    assert routed_calls() == 1
+
+
 def test_transformer_encoder_layer():
     layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
     x = torch.randn(2, 9, 16)
@@ -572,6 +584,38 @@ def test_a_torch_that_has_moved_is_refused(monkeypatch):
     assert torch_state() == before
 
 
+def test_import_survives_a_torch_that_has_moved():
+    """Deletes parts before the import: that works, and enabling names them."""
+    run = python(
+        "import torch; del torch._C._functorch.peek_interpreter_stack, torch.library.get_kernel\n"
+        "del torch._C._dynamo.eval_frame.set_code_exec_strategy, torch._guards._TLS\n"
+        "import fa_sdpa; print(fa_sdpa.is_enabled())\n"
+        "try:\n    fa_sdpa.enable()\nexcept RuntimeError as error:\n    print(error)"
+    )
+    assert run.stdout.startswith("False\n")
+    for part in ("peek_interpreter_stack", "get_kernel", "set_code_exec_strategy", "_TLS"):
+        assert part in run.stdout
+
+
+def test_a_newer_torch_gets_a_warning(monkeypatch):
+    monkeypatch.setattr(private, "TESTED", ("1.13", "2.0"))
+    with pytest.warns(UserWarning, match="tested on torch 1.13, 2.0, not on"):
+        fa_sdpa.enable()
+    assert fa_sdpa.is_enabled()
+
+
+def test_anothers_override_is_kept_below_ours():
+    lib = torch.library.Library("aten", "IMPL")
+    lib.impl("scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: q + 1, "CompositeImplicitAutograd")
+    try:
+        q, k, v = qkv()
+        with fa_sdpa.enable("never"):
+            same(F.scaled_dot_product_attention(q, k, v), q + 1)
+        same(F.scaled_dot_product_attention(q, k, v), q + 1)
+    finally:
+        lib._destroy()
+
+
 def test_conflicts(monkeypatch):
     from torch.nn.attention import _registry
 
@@ -650,7 +694,7 @@ def test_bad_environment_warns():
 
 def test_import_is_light():
     run = python(
-        "import torch, time, sys; t = time.perf_counter(); import fa_sdpa; t = time.perf_counter() - t\n"
+        "import torch, time, sys; t = time.process_time(); import fa_sdpa; t = time.process_time() - t\n"
         "print(t, *(m for m in ('cutlass', 'quack', 'triton', 'torch._dynamo') if m in sys.modules))"
     )
     seconds, *heavy = run.stdout.split()

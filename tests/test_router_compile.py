@@ -114,6 +114,19 @@ def test_without_gradients(mode):
     torch.testing.assert_close(out, attend(*x))
 
 
+def test_grad_mode_inside_the_graph():
+    def both(q, k, v):
+        with torch.no_grad():
+            out = attend(q, k, v)
+        return out + attend(q, k, v)
+
+    forward_only = Policy("auto", Crossover(0, "a test", (Rule("forward", (1, 256), True, ((1, 1),)),)))
+    graphs = Graphs("aot_eager")
+    with fa_sdpa.enable(forward_only):
+        torch.compile(both, backend=graphs, fullgraph=True)(*qkv(requires_grad=True))
+    assert graphs.attention == ["fa4 torch"]
+
+
 def test_reduce_overhead():
     x = qkv()
     with fa_sdpa.enable("always"):
@@ -153,6 +166,29 @@ def test_multihead_attention():
     torch.testing.assert_close(out, module(x, x, x, need_weights=False)[0])
     compiled(x)
     assert graphs.attention == ["fa4", ""]  # opaque to Dynamo, as in plain torch
+
+
+def test_multihead_attention_with_masks():
+    """Inlining it must not break a graph that plain torch compiles whole."""
+    module = nn.MultiheadAttention(16, 4, batch_first=True, bias=False)
+    x, padding = torch.randn(2, 9, 16), torch.arange(9).expand(2, 9) > 6
+
+    def run(x, need_weights=False):
+        causal = torch.ones(9, 9).triu(1).bool()
+        return module(x, x, x, key_padding_mask=padding, attn_mask=causal, need_weights=need_weights)[0]
+
+    def causal(x):
+        mask = nn.Transformer.generate_square_subsequent_mask(9)
+        return module(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
+
+    graphs = Graphs("aot_eager")
+    compiled = torch.compile(run, backend=graphs, fullgraph=True)
+    with fa_sdpa.enable("always"):
+        torch.testing.assert_close(compiled(x), run(x))
+        torch.testing.assert_close(compiled(x, True), run(x, True))
+        compiled = torch.compile(causal, backend=graphs, fullgraph=True)
+        torch.testing.assert_close(compiled(x), causal(x))
+    assert graphs.attention == ["", "", "fa4"]
 
 
 def test_transformer_encoder_layer():

@@ -61,6 +61,48 @@ def test_blocks_of_two_threads_at_once():
     assert not fa_sdpa.is_enabled()
 
 
+def test_one_block_in_two_threads():
+    block = fa_sdpa.enable("always")
+    fa_sdpa.disable()
+
+    def body(around):
+        for _ in range(100):
+            with around():
+                outside = code()
+                with block:
+                    assert code() == "policy_always"
+                assert code() == outside
+
+    run(lambda: body(fa_sdpa.disable), lambda: body(lambda: fa_sdpa.enable("never")))
+    assert not fa_sdpa.is_enabled()
+
+
+def test_enable_while_another_thread_compiles_a_block():
+    """The compiling thread holds Dynamo's lock and asks for ours; the other must not hold ours and ask for Dynamo's."""
+    tracing, go_on = threading.Event(), threading.Event()
+
+    def slow_backend(graph, example_inputs):
+        tracing.set()
+        go_on.wait(1)
+        return graph
+
+    def attend(q, k, v):
+        with fa_sdpa.enable("always"):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def switches():
+        assert tracing.wait(60)
+        for _ in range(20):
+            fa_sdpa.enable("always")
+            fa_sdpa.disable()
+        go_on.set()
+
+    compiled = torch.compile(attend, backend=slow_backend, fullgraph=True)
+    run(lambda: compiled(*X), switches)
+    with fa_sdpa.enable("always"):
+        F.scaled_dot_product_attention(*X)
+
+
 def test_a_thread_without_a_block_never_sees_another_threads():
     before = torch._C._dispatch_dump(private.OP)
     stop = threading.Event()
