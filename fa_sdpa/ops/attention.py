@@ -261,7 +261,7 @@ class _AttentionBackward(torch.autograd.Function):
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
     """Whether a derivative of a call on these tensors may be asked for; raises where we could not give it."""
-    if private.functorch_interpreter() is not None or private.forward_ad_active():
+    if private.transform_active() or private.forward_ad_active():
         raise RuntimeError(
             "fa4::attention_fwd takes no part in torch.func transforms and forward-mode AD: call "
             "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
