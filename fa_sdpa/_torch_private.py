@@ -111,7 +111,9 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-below_autograd = torch._C._AutoDispatchBelowAutograd  # a block in which ops skip their Autograd kernels
+below_autograd: Any = getattr(
+    torch._C, "_AutoDispatchBelowAutograd", None
+)  # a block in which ops skip their Autograd kernels
 
 
 def forward_ad_active() -> bool:
@@ -187,11 +189,13 @@ class Override:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Warning only once for all operators|Overriding a previously)")
             self._library.impl(OP, self._kernel, "CompositeImplicitAutograd")
+        self._in_use = torch.library.get_kernel(OP, "Undefined")
 
     def uninstall(self) -> None:
-        if self._library is not None:
-            self._library._destroy()
-            self._library = None
+        """Take the kernel out, but keep it alive: another thread may be running it."""
+        assert self._library is not None
+        self._library._destroy()
+        self._library = None
 
 
 def native_kernel() -> Callable[..., torch.Tensor]:
@@ -254,7 +258,8 @@ class DynamoHandlers:
         token: the token that holds where it is called; the graph is guarded by its result on entry.
         traced_token: Dynamo traces it: the token of the innermost block in the graph, "" outside of all.
         routes: (token) → whether calls may be routed under that token at all.
-        decide: (token, the types of query, key and value, SDPA's arguments by name) → whether this call is routed.
+        decide: (token, whether an export is traced, the types of query, key and value, SDPA's arguments by name) →
+            whether this call is routed.
         routed: Dynamo traces it in place of a routed call: (query, key, value, is_causal, scale, autocast dtypes).
     """
 
@@ -263,7 +268,7 @@ class DynamoHandlers:
         token: Callable[[], str],
         traced_token: Callable[[], str],
         routes: Callable[[str], bool],
-        decide: Callable[[str, tuple[type, ...], dict[str, Any]], bool],
+        decide: Callable[[str, bool, tuple[type, ...], dict[str, Any]], bool],
         routed: Callable[..., torch.Tensor],
     ) -> None:
         self._token, self._traced_token = token, traced_token
@@ -307,7 +312,9 @@ class DynamoHandlers:
         causal = _example(call.arguments["is_causal"]) is True  # then SDPA gets no attn_mask
         if wants["need_weights"] is not False or wants["key_padding_mask"] is not None:
             return None
-        if wants["attn_mask"] is not None and not causal or not self._routes(self._guarded_token(tx)):
+        if wants["attn_mask"] is not None and not causal or _exporting(tx):
+            return None
+        if not self._routes(self._guarded_token(tx)):
             return None
         return _inline(tx, function, args, kwargs)
 
@@ -328,7 +335,7 @@ class DynamoHandlers:
             return None
         _guard_sdp_flags(tx)
         examples = {name: _example(value) for name, value in given.items()}
-        if not self._decide(token, tuple(x.python_type() for x in tensors), examples):
+        if not self._decide(token, _exporting(tx), tuple(x.python_type() for x in tensors), examples):
             return None
         dtypes = tuple(autocast_dtype(examples[name]) for name in ("query", "key", "value"))
         passed = (*tensors, given["is_causal"], given["scale"], dtypes)
@@ -341,6 +348,10 @@ class DynamoHandlers:
         if not traced:
             _guard_result(tx, self._token)
         return traced or self._token()
+
+
+def _exporting(tx: Any) -> bool:
+    return torch.compiler.is_exporting() or bool(getattr(tx, "export", False))
 
 
 def _sdpa_signature(

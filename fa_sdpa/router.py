@@ -310,41 +310,40 @@ def _in_words(call: Call) -> str:
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-def routed_in_graph(token: str, types: tuple[type, ...], arguments: dict[str, Any]) -> bool:
+def routed_in_graph(token: str, exporting: bool, types: tuple[type, ...], arguments: dict[str, Any]) -> bool:
     """Whether Dynamo, tracing under ``token``, is to put fa4 into its graph for one call.
 
     Args:
+        exporting: whether the graph is to be exported.
         types: of query, key and value, as the traced program sees them.
         arguments: SDPA's, by name: fake tensors, SymInts, constants, or ``private.unknown``.
     """
-    decision = _decide_in_graph(token, types, **arguments)
+    decision = Decision("native", (_EXPORT,)) if exporting else _decide_in_graph(token, types, **arguments)
     tally("compiled", decision).tick()
     return decision.routed
 
 
+_IN_GRAPH: dict[str, Any] = {  # what may stand in a graph for these arguments; others are torch's to judge
+    "attn_mask": (Tensor, type(None)),
+    "dropout_p": (float, int),
+    "is_causal": bool,
+    "scale": (float, int, torch.SymFloat, torch.SymInt, type(None)),
+    "enable_gqa": bool,
+}
+
+
 def _decide_in_graph(
-    token: str,
-    types: tuple[type, ...],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
+    token: str, types: tuple[type, ...], query: Tensor, key: Tensor, value: Tensor, **options: Any
 ) -> Decision:
-    if torch.compiler.is_exporting():
-        return Decision("native", (_EXPORT,))
-    options = {"dropout_p": dropout_p, "is_causal": is_causal, "enable_gqa": enable_gqa}
-    unknown = [name for name, option in options.items() if not isinstance(option, (bool, int, float))]
-    if unknown:
-        return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unknown)}"),))
+    unclear = [name for name, kinds in _IN_GRAPH.items() if not isinstance(options[name], kinds)]
+    if unclear:
+        return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unclear)}"),))
     unusual = _unusual_types(types, query.is_nested or key.is_nested or value.is_nested)
     if unusual:
         return Decision("native", unusual)
-    known_scale = scale if isinstance(scale, float) else None  # a SymFloat is handed on, and decides nothing
-    call = _call(token, query, key, value, attn_mask, dropout_p, is_causal, known_scale, enable_gqa)
+    if not isinstance(options["scale"], float):
+        options["scale"] = None  # one that is symbolic is handed on to the op, and decides nothing
+    call = _call(token, query, key, value, *(options[name] for name in _IN_GRAPH))
     call = call._replace(circumstances=call.circumstances._replace(in_trace=False))  # of the compiler's own
     try:
         decision = decide_call(call)

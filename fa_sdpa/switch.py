@@ -25,6 +25,8 @@ _NOT_TRACEABLE = "in compiled code, fa_sdpa.enable() and disable() must be the e
 class _Block:
     """Sets the thread's token while it is open; it may be opened again inside itself, and in other threads."""
 
+    _keeps_handlers = True
+
     def __init__(self, token: str) -> None:
         self._token = token
         self._outer_traced: list[str] = []
@@ -88,8 +90,9 @@ class enable(_Setting):
 class disable(_Setting):
     """Leave SDPA calls to torch: from here on, in every thread, or as a block in one thread. See ``enable``.
 
-    The call restores torch exactly: its dispatch table, Dynamo's handlers, checkpoint. Where blocks of other threads
-    are still open, that happens when the last of them is left.
+    The call restores torch exactly: its dispatch table, Dynamo's handlers, checkpoint. So make it while no other
+    thread is inside an SDPA call, which torch's dispatcher can't stand; a block may be entered and left at any time.
+    Where another thread's block is open, the call only sets the state: call it again after that block.
     """
 
     def __init__(self) -> None:
@@ -140,6 +143,12 @@ def _open_trace() -> None:
     private.while_this_trace_lasts(_installation.open_trace, _installation.close_trace)
 
 
+class _Recomputation(_Block):
+    """Torch's own doing, perhaps after disable(): it leaves nothing behind."""
+
+    _keeps_handlers = False
+
+
 class _Bound:
     """A checkpoint's function, tied to the token of the forward pass."""
 
@@ -147,7 +156,7 @@ class _Bound:
         self._function, self._token = function, token
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Block(self._token):
+        with _Recomputation(self._token):
             return self._function(*args, **kwargs)
 
 
@@ -166,10 +175,13 @@ def _bind_off(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Installation:
     """Counts who needs the parts of ``_torch_private``, puts them in for the first and takes them out after the last.
 
-    Only Dynamo's handlers stay when the last block is left, until ``disable()`` is called: they cost nothing at run
-    time, and while they are there all code is guarded by the state it is traced under, on or off, so that going in
-    and out of blocks compiles nothing twice. Code compiled without them has no such guard: it is dropped when they
-    come in.
+    Two things stay when the last block is left, until ``disable()`` is called:
+
+    - Dynamo's handlers. They cost nothing at run time, and while they are there all code is guarded by the state it is
+      traced under, on or off, so that going in and out of blocks compiles nothing twice. Code compiled without them has
+      no such guard: it is dropped when they come in.
+    - Everything, if the process has other threads. Torch's dispatcher may crash a call if its kernel is taken out in
+      another thread at that moment. An idle kernel costs each SDPA call 2 µs.
     """
 
     def __init__(self) -> None:
@@ -180,6 +192,7 @@ class _Installation:
             current_token, traced_token, router.routes, router.routed_in_graph, router.fa4_in_graph
         )
         self._users = 0  # open blocks that are on, and the process if it is
+        self._installed = False
         self._traces = 0  # traces at work with a block in them
         self._keep_handlers = False  # since the first user, until disable() is called
         self._forget_due = False  # there may be code compiled without the handlers
@@ -192,7 +205,7 @@ class _Installation:
             self._last_call = setting, before
             if token == OFF:
                 self._keep_handlers = False
-                self._drop_handlers_if_idle()
+                self._uninstall_if_idle()
         self._forget_if_due()
 
     def open_block(self, block: _Block, token: str) -> None:
@@ -202,7 +215,7 @@ class _Installation:
                 self._set_process(before)
                 self._last_call = None, OFF
             if token != OFF:
-                self._add_user()
+                self._add_user(block._keeps_handlers)
         self._forget_if_due()
 
     def close_block(self, token: str) -> None:
@@ -228,29 +241,35 @@ class _Installation:
             self._drop_user()
         process.token = token
 
-    def _add_user(self) -> None:
-        if self._users == 0:
+    def _add_user(self, keep_handlers: bool = True) -> None:
+        if not self._installed:
             self._install()
         self._users += 1
+        self._keep_handlers = self._keep_handlers or keep_handlers
 
     def _drop_user(self) -> None:
         self._users -= 1
-        if self._users == 0:
-            self._override.uninstall()
-            self._checkpoint.uninstall()
-            self._drop_handlers_if_idle()
+        if threading.active_count() == 1:
+            self._uninstall_if_idle()
 
     def _install(self) -> None:
         dynamo_may_have_compiled = "torch._dynamo" in sys.modules
         private.require()
-        if not self._keep_handlers:
+        if not self._keep_handlers:  # where they are nevertheless there, a trace of this moment needs them
             if not self._handlers.installed:
                 self._handlers.install()
             self._forget_due = dynamo_may_have_compiled
-            self._keep_handlers = True
         router.take_native_kernel()
         self._override.install()
         self._checkpoint.install()
+        self._installed = True
+
+    def _uninstall_if_idle(self) -> None:
+        if self._installed and not self._users:
+            self._override.uninstall()
+            self._checkpoint.uninstall()
+            self._installed = False
+        self._drop_handlers_if_idle()
 
     def _forget_if_due(self) -> None:
         """Not under our lock: this waits for a compilation at work in another thread, which may wait for our lock."""
@@ -259,7 +278,7 @@ class _Installation:
             private.forget_compiled_code()
 
     def _drop_handlers_if_idle(self) -> None:
-        if self._handlers.installed and not (self._keep_handlers or self._users or self._traces):
+        if self._handlers.installed and not (self._keep_handlers or self._installed or self._traces):
             self._handlers.uninstall()
 
 

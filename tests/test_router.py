@@ -539,10 +539,13 @@ def test_checkpoint_recomputes_as_its_forward_ran(reentrant, forward, backward):
     with state(forward):
         out = checkpoint(attend, *x, use_reentrant=reentrant)
     fa_sdpa.disable()
+    before = torch_state()
     if backward == "process":
         fa_sdpa.enable("always")
     with state(backward):
         out.sum().backward()
+    fa_sdpa.disable() if backward != "off" else None
+    assert torch_state() == before
     assert ran == [forward != "off"] * 2
     assert routed_calls() == (2 if forward != "off" else 0)
 

@@ -572,6 +572,28 @@ def test_strict_export():
     assert fa_sdpa.stats().reasons == {"tracing": fa_sdpa.stats().native}
 
 
+def test_dynamos_own_export():
+    graph, _ = torch._dynamo.export(attend)(*qkv())
+    with fa_sdpa.enable("always"):
+        exported, _ = torch._dynamo.export(attend)(*qkv())
+    assert exported.code == graph.code
+    assert set(fa_sdpa.stats().reasons) == {"tracing"}
+
+
+@pytest.mark.parametrize("options", [{"attn_mask": True}, {"scale": "1"}, {"is_causal": 2}, {"enable_gqa": None}])
+def test_bad_arguments_get_torchs_own_answer(options):
+    def answer(*x):
+        try:
+            torch.compile(lambda *x: F.scaled_dot_product_attention(*x, **options), backend="eager", fullgraph=True)(*x)
+        except Exception as error:
+            return type(error), str(error).splitlines()[:6]
+
+    x = qkv()
+    expected = answer(*x)
+    with fa_sdpa.enable("always"):
+        assert answer(*x) == expected
+
+
 def test_caching_precompile_is_bypassed(tmp_path):
     """A package that Dynamo saves would lose the guards on our state, so none is saved."""
     if not hasattr(torch._dynamo.config, "caching_precompile"):

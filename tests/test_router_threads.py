@@ -124,6 +124,23 @@ def test_a_thread_without_a_block_never_sees_another_threads():
 
     run(switches, looks, looks)
     assert fa_sdpa.stats().routed == 0
+    fa_sdpa.disable()
+    assert torch._C._dispatch_dump(private.OP) == before
+
+
+def test_blocks_take_no_kernel_out_under_another_thread():
+    """Torch's dispatcher would crash calls in flight: the kernel stays until a block is left by the only thread."""
+    before = torch._C._dispatch_dump(private.OP)
+
+    def body():
+        with fa_sdpa.enable("always"):
+            pass
+        assert torch._C._dispatch_dump(private.OP) != before
+
+    run(body)
+    assert torch._C._dispatch_dump(private.OP) != before
+    with fa_sdpa.enable("always"):
+        pass
     assert torch._C._dispatch_dump(private.OP) == before
 
 
@@ -155,6 +172,7 @@ def test_disable_while_another_threads_block_is_open():
     before = torch._C._dispatch_dump(private.OP)
     run(holds, calls)
     assert fa_sdpa.stats().routed == 1
+    fa_sdpa.disable()
     assert torch._C._dispatch_dump(private.OP) == before
 
 
