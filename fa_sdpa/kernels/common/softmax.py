@@ -57,18 +57,15 @@ def softmax_step(
 
 
 @cute.jit
-def rescale(
-    acc_O: cute.Tensor,
+def rescale_sums(
     row_sum: cute.Tensor,  # (rows of this thread,)
-    growth: cute.Tensor,  # (rows of this thread,), of softmax_step
+    growth: cute.Tensor,  # (rows of this thread,), of softmax_step; replaced by the factors that O needs as well
     scale_log2: Float32,
 ) -> None:
-    """Bring O and l to the new ``m``, in place."""
-    factors = cute.make_rmem_tensor(cute.size(row_sum), Float32)
+    """Bring l to the new ``m``, in place."""
     for r in cutlass.range_constexpr(cute.size(row_sum)):
-        factors[r] = cute.math.exp2(growth[r] * scale_log2, fastmath=True)
-        row_sum[r] = row_sum[r] * factors[r]
-    scale_rows(acc_O, factors)
+        growth[r] = cute.math.exp2(growth[r] * scale_log2, fastmath=True)
+        row_sum[r] = row_sum[r] * growth[r]
 
 
 @cute.jit

@@ -482,16 +482,22 @@ class Forward:
         v_state: pipeline.PipelineState,
         softmax_scale_log2: Float32,
     ) -> None:
-        """Softmax of S while P V runs, then the new P. O is rescaled only if a maximum grew; that branch also keeps
-        ptxas from moving the wait for P V up, in front of the softmax."""
+        """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
+
+        Within a basic block ptxas would put the wait for P V in front of the softmax, and l may be rescaled without a
+        branch. Waiting for V, which is there already, makes it one that ptxas cannot remove. The wait for P V itself
+        must stay outside: the warps of a warpgroup have to execute it together, and they differ in what grew.
+        """
         grew = softmax.softmax_step(
             acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
         if grew:
-            warpgroup.wait_group(0)
-            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
+            pipelines.v.consumer_wait(v_state)
+            softmax.rescale_sums(regs.row_sum, regs.growth, softmax_scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
+        if grew:
+            fragments.scale_rows(regs.acc_O, regs.growth)
         regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
 
