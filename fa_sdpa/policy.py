@@ -79,11 +79,12 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy) -> tuple[boo
     """Whether fa4 was measured faster, and the reason to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
     table = policy.table(target)
-    rule = table and table.find(direction, max(spec.head_dim, spec.head_dim_v), spec.is_causal)
+    rule = table and table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal)
     if not rule:
-        what = (
-            f"{direction}, head_dim {spec.head_dim}, is_causal={spec.is_causal} on {target.name or target.device_type}"
-        )
+        dims = f"head_dim {spec.head_dim}"
+        if spec.head_dim_v != spec.head_dim:
+            dims += f", head_dim_v {spec.head_dim_v}"
+        what = f"{direction}, {dims}, is_causal={spec.is_causal} on {target.name or target.device_type}"
         return False, Reason("not_measured", f"no measurement says that fa4 is faster: {what}")
     threshold = rule.threshold(spec.batch)
     for name, seqlen in (("seqlen_q", spec.seqlen_q), ("seqlen_k", spec.seqlen_k)):

@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 fwd = torch.ops.fa4.attention_fwd
 
 
-def inputs(batch=2, heads=4, heads_kv=2, sq=257, sk=257, d=64, dtype=torch.bfloat16, requires_grad=False):
+def inputs(batch=2, heads=4, heads_kv=2, sq=257, sk=257, d=64, dv=None, dtype=torch.bfloat16, requires_grad=False):
     """BSHD memory seen as BHSD."""
-    sizes = ((batch, sq, heads, d), (batch, sk, heads_kv, d), (batch, sk, heads_kv, d))
+    sizes = ((batch, sq, heads, d), (batch, sk, heads_kv, d), (batch, sk, heads_kv, dv or d))
     tensors = [torch.randn(size, dtype=dtype, device="cuda").transpose(1, 2) for size in sizes]
     return [x.requires_grad_(requires_grad) for x in tensors]
 
@@ -53,6 +53,16 @@ def test_routed_call_keeps_the_error_bound(sq, sk, dtype, is_causal):
         assert fa_sdpa.stats().routed == 1
         assert out.stride() == torch.empty_like(q).stride()
         assert_within_bound(out, q, k, v, is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("d", "dv"), [(8, 8), (40, 40), (72, 72), (96, 96), (192, 192), (256, 256), (64, 128), (192, 128), (128, 256)]
+)
+def test_head_dims(d, dv, is_causal):
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = inputs(sq=300, sk=411, d=d, dv=dv, dtype=dtype)
+        assert_within_bound(fwd(q, k, v, is_causal=is_causal)[0], q, k, v, is_causal)
 
 
 def test_same_values_through_any_strides_give_the_same_bits():
@@ -111,7 +121,7 @@ def test_training_is_left_to_torch_with_the_reason():
 def test_named_ops_fail_loudly():
     q, k, v = inputs()
     with pytest.raises(NotImplementedError, match=r"\[dtype\].*\[head_dim\]"):
-        fwd(*(x[..., :40].float() for x in (q, k, v)))
+        fwd(*(x[..., :42].float() for x in (q, k, v)))
     out, lse = fwd(q, k, v)
     with pytest.raises(NotImplementedError, match=r"\[no_backward\]"):
         torch.ops.fa4.attention_bwd(out, q, k, v, out, lse)

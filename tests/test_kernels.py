@@ -23,7 +23,22 @@ from fa_sdpa.meta.spec import AttentionSpec
 from fa_sdpa.meta.target import Target
 
 H100 = Target("cuda", 90, "NVIDIA H100", 132, config.SMEM_PER_BLOCK)
-KEYS = config.all_keys()
+SPREAD = [  # head dims of every kind: padded and not, one Q stage and two, each tile_n, K and V of other widths
+    config.forward_key(dtype, head_dim, head_dim_v, is_causal)
+    for dtype, head_dim, head_dim_v, is_causal in (
+        (torch.float16, 8, 8, True),
+        (torch.bfloat16, 40, 40, False),
+        (torch.bfloat16, 80, 80, True),
+        (torch.bfloat16, 136, 136, False),
+        (torch.bfloat16, 192, 192, True),
+        (torch.bfloat16, 192, 128, True),
+        (torch.bfloat16, 128, 64, True),
+        (torch.bfloat16, 128, 256, True),
+        (torch.bfloat16, 256, 128, False),
+        (torch.float16, 64, 256, True),
+    )
+]
+KEYS = (*config.all_keys(), *SPREAD)
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -52,7 +67,7 @@ def cuda_tool(name: str) -> str:
 
 
 def test_key_names_are_distinct_and_parse_back():
-    assert len({key.name for key in KEYS}) == len(KEYS) == 12
+    assert len({key.name for key in KEYS}) == len(KEYS) == 30
     for key in KEYS:
         assert KernelKey.parse(key.name) == key
     with pytest.raises(ValueError, match="is not a kernel name"):
@@ -83,7 +98,9 @@ def test_key_is_checked_at_birth(change):
         ((128, 128, 96, 128, 2), "tile_m"),
         ((128, 128, 128, 264, 2), "tile_n"),
         ((128, 128, 128, 128, 1), "stages"),
-        ((128, 128, 128, 128, 3), "smem_bytes"),
+        ((128, 128, 128, 128, 4), "smem_bytes"),
+        ((100, 128, 128, 128, 2), "head_dim"),
+        ((128, 264, 128, 128, 2), "head_dim_v"),
     ],
 )
 def test_config_is_checked_at_birth(values, message):
@@ -99,22 +116,33 @@ def test_configs_fit_the_register_file():
         assert mma % 8 == producer % 8 == 0
 
 
+def test_every_pair_of_head_dims_has_a_tile():
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            chosen = config.forward_config(head_dim, head_dim_v)
+            assert chosen.tile_n >= 80 and chosen.smem_bytes <= config.SMEM_PER_BLOCK
+            assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
+    with pytest.raises(ValueError, match="wide"):
+        config.forward_config(64, 72, wide=True)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_supported_call_has_no_reason():
     for dtype in (torch.bfloat16, torch.float16):
-        for head_dim in (64, 128):
+        for head_dims in ((64, 64), (8, 8), (80, 80), (256, 256), (64, 128), (192, 128), (128, 256)):
             for heads_kv in (1, 2, 8):
-                call = spec(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim, num_heads_kv=heads_kv, is_causal=True)
+                call = spec(dtype=dtype, num_heads_kv=heads_kv, is_causal=True)
+                call = call._replace(head_dim=head_dims[0], head_dim_v=head_dims[1])
                 assert kernels.unsupported(call, H100) == ()
 
 
 def test_refusal_lists_every_reason():
     call = spec(
         dtype=torch.float32,
-        head_dim=80,
-        head_dim_v=96,
+        head_dim=84,
+        head_dim_v=264,
         mask="bool",
         dropout_p=0.1,
         scale=-1.0,
@@ -133,7 +161,7 @@ def test_refusal_lists_every_reason():
         "strides",
         "shared_memory",
     ]
-    assert "80" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
+    assert "84" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])
@@ -197,13 +225,13 @@ def test_empty_calls_launch_nothing():
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """All kernels, compiled once for this module; its directory also holds the cubins."""
+    """KEYS, compiled once for this module; its directory also holds the cubins."""
     needs_compiler()
     directory = tmp_path_factory.mktemp("bundle")
     code = (
         "import pathlib, sys\n"
         "from fa_sdpa.kernels import compile\n"
-        "from fa_sdpa.kernels.sm90 import config\n"
+        "from fa_sdpa.kernels.key import KernelKey\n"
         "directory = pathlib.Path(sys.argv[1])\n"
         "build = compile._compile\n"
         "def keep(key):\n"
@@ -212,10 +240,11 @@ def bundle(tmp_path_factory):
         "    cubin.rename(directory / f'{key.name}.cubin')\n"
         "    return built\n"
         "compile._compile = keep\n"
-        "compile.write_bundle(config.all_keys(), directory)\n"
+        "compile.write_bundle([KernelKey.parse(name) for name in sys.argv[2:]], directory)\n"
     )
     env = {**os.environ, "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(directory)}
-    subprocess.run([sys.executable, "-c", code, str(directory)], check=True, env=env, cwd=Path(__file__).parent.parent)
+    command = [sys.executable, "-c", code, str(directory), *(key.name for key in KEYS)]
+    subprocess.run(command, check=True, env=env, cwd=Path(__file__).parent.parent)
     return directory
 
 

@@ -57,6 +57,14 @@ def test_decode_is_left_to_torch():
     assert codes(decide(LLAMA._replace(seqlen_q=1, is_causal=False), H100)) == ["below_crossover"]
 
 
+@pytest.mark.parametrize("head_dims", [(96, 96), (256, 256), (192, 128), (64, 128)])
+def test_what_runs_but_was_not_measured_is_left_to_torch(head_dims):
+    spec = LLAMA._replace(head_dim=head_dims[0], head_dim_v=head_dims[1])
+    decision = decide(spec, H100)
+    assert codes(decision) == ["not_measured"] and f"head_dim {head_dims[0]}" in decision.reasons[0].text
+    assert decide(spec, H100, Policy("always")).routed
+
+
 @pytest.mark.parametrize(("batch", "seqlen", "routed"), [(1, 99, False), (7, 100, True), (8, 50, True), (9, 49, False)])
 def test_threshold_by_batch(batch, seqlen, routed):
     spec = AttentionSpec(torch.float32, batch, 4, 4, seqlen, seqlen, 64, 64)
@@ -110,7 +118,9 @@ def test_shipped_tables_load_and_say_where_they_come_from():
     for direction in ("forward", "training"):
         for head_dim in (64, 128):
             for is_causal in (False, True):
-                assert table.find(direction, head_dim, is_causal) is not None
+                assert table.find(direction, head_dim, head_dim, is_causal) is not None
+        for head_dims in ((80, 80), (96, 96), (256, 256), (64, 128), (128, 64), (192, 128)):
+            assert table.find(direction, *head_dims, False) is None
 
 
 GOOD = {

@@ -58,9 +58,9 @@ def attention_fwd(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     device = query.get_device()
-    head_dim = query.shape[3]
-    wide = sm90.wants_wide_tile(head_dim, is_causal, query.shape[2])
-    wanted = (query.dtype, head_dim, value.shape[3], is_causal, wide, device)
+    head_dim, head_dim_v = query.shape[3], value.shape[3]
+    wide = sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, query.shape[2])
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if scale is None:
         scale_log2 = plan.scale_log2

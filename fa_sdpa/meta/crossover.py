@@ -5,7 +5,7 @@ A table is a JSON file in this package's ``tables/`` folder, or one of the user'
     {"schema": 1, "arch": 90, "provenance": {"source": …, "device": …, "torch": …, "date": …},
      "rules": [{"direction": "forward", "head_dim": [1, 64], "is_causal": true, "min_seqlen": [[1, 2048], [8, 4096]]}]}
 
-A rule speaks for the head dims of its closed range (the larger of head_dim and head_dim_v). ``min_seqlen`` lists
+A rule speaks for the calls whose head_dim and head_dim_v both lie in its closed range. ``min_seqlen`` lists
 (batch, seqlen) pairs in rising order of batch: the last one whose batch the call reaches gives the length from which
 both of the call's sequences must be on. Thresholds say what is faster; what can run at all is the kernels' business.
 """
@@ -46,10 +46,11 @@ class Crossover(NamedTuple):
     source: str  # one line: what measured it, and when
     rules: tuple[Rule, ...]
 
-    def find(self, direction: Direction, head_dim: int, is_causal: bool) -> Rule | None:
+    def find(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool) -> Rule | None:
         for rule in self.rules:
             low, high = rule.head_dim
-            if rule.direction == direction and rule.is_causal == is_causal and low <= head_dim <= high:
+            covers = low <= min(head_dim, head_dim_v) and max(head_dim, head_dim_v) <= high
+            if rule.direction == direction and rule.is_causal == is_causal and covers:
                 return rule
         return None
 

@@ -14,10 +14,10 @@ from ..key import KernelKey
 
 ARCH = 90
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
-Q_STAGES = 2  # the next tile's Q is loaded while this one's is still in use
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-HEAD_DIMS = (64, 128)
+MAX_HEAD_DIM = 256  # what one WGMMA can be wide
+TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,10 @@ class ForwardConfig:
     stages: int  # K and V blocks in flight
 
     def __post_init__(self) -> None:
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
+                raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
         if self.tile_m % 64 or not 1 <= self.mma_warpgroups <= 3:
             raise ValueError(f"{self.tile_m=} must be 64, 128 or 192")
         if self.tile_n % 16 or not 16 <= self.tile_n <= 256:
@@ -50,35 +54,80 @@ class ForwardConfig:
         return {1: (256, 56), 2: (240, 24), 3: (160, 32)}[self.mma_warpgroups]
 
     @property
+    def head_dim_mma(self) -> int:
+        """Columns of Q and K that are multiplied: what WGMMA takes at a time is 16 deep."""
+        return _round_up(self.head_dim, 16)
+
+    @property
+    def head_dim_v_mma(self) -> int:
+        """Columns of V that are multiplied, and of O in registers and in shared memory."""
+        return _round_up(self.head_dim_v, 16)
+
+    @property
+    def head_dim_smem(self) -> int:
+        """Columns of Q and K in shared memory: whole 128-byte swizzled rows. TMA fills in zeros."""
+        return _round_up(self.head_dim, 64)
+
+    @property
+    def head_dim_v_smem(self) -> int:
+        """Columns of V in shared memory, as ``head_dim_smem``."""
+        return _round_up(self.head_dim_v, 64)
+
+    @property
+    def stores_by_tma(self) -> bool:
+        """Whether O has shared memory of its own to be stored from; if not, registers are stored to global memory."""
+        return self._smem_bytes(q_stages=2, stores_by_tma=True) <= SMEM_PER_BLOCK
+
+    @property
+    def q_stages(self) -> int:
+        """2 where there is room: then the next tile's Q is loaded while this one's is still in use."""
+        return 2 if self.stores_by_tma else 1
+
+    @property
     def smem_bytes(self) -> int:
-        """Shared memory of a CTA: 16-bit Q, K and V in every stage, and O."""
-        q_o = self.tile_m * (Q_STAGES * self.head_dim + self.head_dim_v)
-        k_v = self.stages * self.tile_n * (self.head_dim + self.head_dim_v)
-        return 2 * (q_o + k_v) + BARRIER_BYTES
+        """Shared memory of a CTA."""
+        return self._smem_bytes(self.q_stages, self.stores_by_tma)
+
+    def _smem_bytes(self, q_stages: int, stores_by_tma: bool) -> int:
+        """16-bit Q, K and V in every stage, and O."""
+        q = q_stages * self.tile_m * self.head_dim_smem
+        k_v = self.stages * self.tile_n * (self.head_dim_smem + self.head_dim_v_smem)
+        o = self.tile_m * self.head_dim_v_mma if stores_by_tma else 0
+        return 2 * (q + k_v + o) + BARRIER_BYTES
 
 
-# From how many query rows on the 192-row tile of d64 serves a call, by is_causal. For speed, measured on an H100 (bf16,
-# 16k tokens, 32 heads; docs/kernels/sm90_forward.md): full 3-15 % ahead at 512 … 16k, causal 10 % ahead at 16k and 3 %
-# and more behind up to 4k.
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+# From how many query rows on the 192-row tile of head dims up to 64 serves a call, by is_causal. For speed, measured at
+# d64 on an H100 (bf16, 16k tokens, 32 heads; docs/kernels/sm90_forward.md): full 3-15 % ahead at 512 … 16k, causal 10 %
+# ahead at 16k and 3 % and more behind up to 4k.
 WIDE_FROM = {False: 512, True: 8192}
 
 
-def wants_wide_tile(head_dim: int, is_causal: bool, seqlen_q: int) -> bool:
+def wants_wide_tile(head_dim: int, head_dim_v: int, is_causal: bool, seqlen_q: int) -> bool:
     """Which of a head dim's tiles serves a call; asked at launch, where sizes are plain integers."""
-    return head_dim == 64 and seqlen_q >= WIDE_FROM[is_causal]
+    return head_dim <= 64 and head_dim_v <= 64 and seqlen_q >= WIDE_FROM[is_causal]
 
 
 @functools.cache
 def forward_config(head_dim: int, head_dim_v: int, wide: bool = False) -> ForwardConfig:
-    """Tile for a head dim; ValueError for head dims, or a wide tile, that no kernel has.
+    """Tile for a pair of head dims; ValueError for head dims, or a wide tile, that no kernel has.
 
-    d128: the accumulators (S and O, 64 registers each, P 32) leave room for two MMA warpgroups of 240 registers.
-    d64: O is half of that, so three warpgroups of 160 fit, and each K and V block serves 192 rows; short sequences
-    lose more to the ragged last tile than they win by that.
+    Up to d64: O takes 32 registers of a thread, S 64 and P 32, so three warpgroups of 160 fit, and each K and V block
+    serves 192 rows; short sequences lose more to the ragged last tile than they win by that.
+    Beyond: two warpgroups of 240 registers, and the longest key block up to 128 that leaves S, P and O within
+    TILE_REGISTERS and two stages of K and V within shared memory. O at d128 takes 64 registers, at d256 128.
     """
-    if head_dim != head_dim_v or head_dim not in HEAD_DIMS or (wide and head_dim != 64):
-        raise ValueError(f"no forward kernel for head_dim={head_dim}, head_dim_v={head_dim_v}, wide={wide}")
-    return ForwardConfig(head_dim, head_dim_v, tile_m=192 if wide else 128, tile_n=128, stages=2)
+    if wide and max(head_dim, head_dim_v) > 64:
+        raise ValueError(f"no wide tile for head_dim={head_dim}, head_dim_v={head_dim_v}")
+    tile_m, stages = 192 if wide else 128, 2
+    registers = (TILE_REGISTERS - _round_up(head_dim_v, 16) // 2) * 4 // 3
+    room = SMEM_PER_BLOCK - BARRIER_BYTES - 2 * tile_m * _round_up(head_dim, 64)  # beside one stage of Q
+    smem = room // (2 * stages * (_round_up(head_dim, 64) + _round_up(head_dim_v, 64)))
+    tile_n = min(128, registers // 16 * 16, smem // 16 * 16)
+    return ForwardConfig(head_dim, head_dim_v, tile_m, tile_n, stages)
 
 
 @functools.cache
@@ -99,11 +148,12 @@ def forward_key(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: b
 
 
 def all_keys() -> tuple[KernelKey, ...]:
-    """Every kernel of this family."""
+    """The kernels of the most common head dims; any other pair has its kernels, too, compiled when they are needed."""
+    tiles = ((64, 64, False), (64, 64, True), (96, 96, False), (128, 128, False), (256, 256, False))
     return tuple(
-        forward_key(dtype, head_dim, head_dim, is_causal, wide)
+        forward_key(dtype, head_dim, head_dim_v, is_causal, wide)
         for dtype in DTYPE_NAMES
-        for head_dim, wide in ((64, False), (64, True), (128, False))
+        for head_dim, head_dim_v, wide in tiles
         for is_causal in (False, True)
     )
 
@@ -113,10 +163,9 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     reasons = []
     if spec.dtype not in DTYPE_NAMES:
         reasons.append(Reason("dtype", f"{spec.dtype} is neither bfloat16 nor float16"))
-    if spec.head_dim not in HEAD_DIMS:
-        reasons.append(Reason("head_dim", f"head_dim {spec.head_dim} is not one of {HEAD_DIMS}"))
-    if spec.head_dim_v != spec.head_dim:
-        reasons.append(Reason("head_dim_v", f"head_dim_v {spec.head_dim_v} differs from head_dim {spec.head_dim}"))
+    for code, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
+        if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
+            reasons.append(Reason(code, f"{code} {value} is not a multiple of 8 up to {MAX_HEAD_DIM}"))
     if spec.mask != "none":
         reasons.append(Reason("attn_mask", f"there is no kernel for an attn_mask ({spec.mask})"))
     if spec.dropout_p > 0.0:

@@ -11,7 +11,7 @@ Roles (one CTA per SM, w = tile_m / 64 MMA warpgroups):
     warpgroups 1…w   64 query rows each: both WGMMAs, softmax, and their rows' TMA store
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    q   2 stages      TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ
+    q   2 stages      TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ (large head dims: 1 stage)
     k   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after Q Kᵀ of the block
     v   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after P V of the block
 
@@ -26,11 +26,15 @@ Timeline of one MMA warpgroup, n blocks a tile (‖: at the same time; ' marks t
     boundary      S_0' = Q' K_0'ᵀ,  O += P_{n-1} V_{n-1}  ‖  softmax(S_0'); O / l → shared memory → TMA store; → P_0'
 
 So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
-the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Rows
-beyond seqlen_q are loaded as zeros and clipped by the TMA store; keys beyond seqlen_k are loaded as zeros and masked.
+the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later; where
+there is no room for that, Q has one stage and O is stored from registers. Rows beyond seqlen_q are loaded as zeros and
+clipped by the store; keys beyond seqlen_k are loaded as zeros and masked.
 
-Constraints: 16-bit Q, K, V; head_dim == head_dim_v, a multiple of 64; contiguous last dimension, other strides and base
-pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. Tile sizes: sm90/config.py.
+Head dims: shared memory holds whole 128-byte rows (64 columns), which TMA fills up with zeros; only the columns up to
+the next multiple of 16 are multiplied. For V, that is a WGMMA narrower than the tile that its descriptors describe.
+
+Constraints: 16-bit Q, K, V; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other strides
+and base pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. Tile sizes: sm90/config.py.
 """
 
 from typing import NamedTuple
@@ -47,7 +51,7 @@ from ..common.blocks import key_blocks
 from ..common.mask import mask_right, row_limits
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
-from .config import Q_STAGES, ForwardConfig
+from .config import ForwardConfig
 
 WARPGROUP = 128  # threads
 TURN, STORE = 1, 5  # first named barrier of each kind, one per MMA warpgroup; barrier 0 is the CTA's
@@ -63,14 +67,14 @@ class Pipelines(NamedTuple):
 class Smem(NamedTuple):
     """Swizzled tiles in shared memory."""
 
-    q: cute.Tensor  # (tile_m, d, 2)
-    k: cute.Tensor  # (tile_n, d, stages)
-    v: cute.Tensor  # (tile_n, dv, stages)
-    o: cute.Tensor  # (64, dv, MMA warpgroups)
+    q: cute.Tensor  # (tile_m, width, q_stages)
+    k: cute.Tensor  # (tile_n, width, stages)
+    v: cute.Tensor  # (tile_n, width_v, stages)
+    o: cute.Tensor | None  # (64, head_dim_v, MMA warpgroups); None: O is stored from registers
 
 
 class Gmem(NamedTuple):
-    """TMA coordinate tensors."""
+    """TMA coordinate tensors; O, where it is stored from registers, as pairs of values, (s_q, dv / 2, h, b) Int32."""
 
     q: cute.Tensor  # (s_q, d, h, b)
     k: cute.Tensor  # (s_k, d, h_kv, b)
@@ -79,12 +83,12 @@ class Gmem(NamedTuple):
 
 
 class Atoms(NamedTuple):
-    """TMA copies of one tile each."""
+    """TMA copies of one tile each; no copy of O where it is stored from registers."""
 
     q: cute.CopyAtom
     k: cute.CopyAtom
     v: cute.CopyAtom
-    o: cute.CopyAtom
+    o: cute.CopyAtom | None
 
 
 class Operands(NamedTuple):
@@ -109,46 +113,52 @@ class Forward:
         config = ForwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
         self.name = key.name
         self.dtype = DTYPES[key.dtype]
-        self.head_dim = key.head_dim
+        # Columns that are multiplied, that shared memory holds, and that O has in global memory:
+        self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
+        self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
+        self.head_dim_out = key.head_dim_v
+        self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma
         self.is_causal = key.is_causal
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
         self.mma_warpgroups = config.mma_warpgroups
         self.mma_registers, self.producer_registers = config.registers
 
-    def _smem_layout(self, rows: int, stages: int) -> cute.ComposedLayout:
-        """(rows, head_dim, stages), swizzled for TMA and WGMMA."""
-        kind = sm90_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, self.head_dim)
+    def _smem_layout(self, rows: int, width: int, stages: int) -> cute.ComposedLayout:
+        """(rows, width, stages), swizzled for TMA and WGMMA."""
+        kind = sm90_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, width)
         atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        return cute.tile_to_shape(atom, (rows, self.head_dim, stages), order=(0, 1, 2))
+        return cute.tile_to_shape(atom, (rows, width, stages), order=(0, 1, 2))
 
-    def _tiled_mmas(self) -> tuple[cute.TiledMma, cute.TiledMma]:
-        """Q Kᵀ from shared memory, P V with P in registers; 64 rows per warpgroup."""
-        k_major, mn_major = cute.nvgpu.OperandMajorMode.K, cute.nvgpu.OperandMajorMode.MN
-        layout = (self.mma_warpgroups, 1, 1)
-        mma_qk = sm90_helpers.make_trivial_tiled_mma(
-            self.dtype, self.dtype, k_major, k_major, Float32, layout, (64, self.tile_n)
+    def _mma_qk(self) -> cute.TiledMma:
+        """Q Kᵀ from shared memory, 64 rows per warpgroup."""
+        k_major = cute.nvgpu.OperandMajorMode.K
+        return sm90_helpers.make_trivial_tiled_mma(
+            self.dtype, self.dtype, k_major, k_major, Float32, (self.mma_warpgroups, 1, 1), (64, self.tile_n)
         )
-        mma_pv = sm90_helpers.make_trivial_tiled_mma(
+
+    def _mma_pv(self, warpgroups: int, width: int) -> cute.TiledMma:
+        """P V with P in registers, 64 rows per warpgroup and ``width`` columns of V."""
+        return sm90_helpers.make_trivial_tiled_mma(
             self.dtype,
             self.dtype,
-            k_major,
-            mn_major,
+            cute.nvgpu.OperandMajorMode.K,
+            cute.nvgpu.OperandMajorMode.MN,
             Float32,
-            layout,
-            (64, self.head_dim),
+            (warpgroups, 1, 1),
+            (64, width),
             warpgroup.OperandSource.RMEM,
         )
-        return mma_qk, mma_pv
 
-    def _shared_storage(self, *layouts: cute.ComposedLayout) -> type:
-        """Barriers and the buffers of sQ, sK, sV, sO, given in this order."""
+    def _shared_storage(self, *layouts: cute.ComposedLayout | None) -> type:
+        """Barriers and the buffers of sQ, sK, sV, sO, given in this order; None is an empty one."""
         q, k, v, o = (
-            cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout)], 1024] for layout in layouts
+            cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout) if layout is not None else 0], 1024]
+            for layout in layouts
         )
 
         @cute.struct
         class SharedStorage:
-            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * Q_STAGES]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             sQ: q
@@ -173,24 +183,27 @@ class Forward:
         def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
             return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
 
-        layouts = (
-            self._smem_layout(self.tile_m, Q_STAGES),
-            self._smem_layout(self.tile_n, self.stages),
-            self._smem_layout(self.tile_n, self.stages),
-            self._smem_layout(64, self.mma_warpgroups),
-        )
+        layouts = [
+            self._smem_layout(self.tile_m, self.width, self.q_stages),
+            self._smem_layout(self.tile_n, self.width, self.stages),
+            self._smem_layout(self.tile_n, self.width_v, self.stages),
+            self._smem_layout(64, self.head_dim_v, self.mma_warpgroups) if self.stores_by_tma else None,
+        ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         copies = [
-            cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, self.head_dim))
-            for op, tensor, layout, rows in (
-                (load, mQ, layouts[0], self.tile_m),
-                (load, mK, layouts[1], self.tile_n),
-                (load, mV, layouts[2], self.tile_n),
-                (store, mO, layouts[3], 64),
+            cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
+            if layout is not None
+            else (None, cute.recast_tensor(s_d_h_b(tensor), Int32))
+            for op, tensor, layout, rows, width in (
+                (load, mQ, layouts[0], self.tile_m, self.width),
+                (load, mK, layouts[1], self.tile_n, self.width),
+                (load, mV, layouts[2], self.tile_n, self.width_v),
+                (store, mO, layouts[3], 64, self.head_dim_v),
             )
         ]
-        mma_qk, mma_pv = self._tiled_mmas()
-        paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], 2 * self.head_dim * self.dtype.width // 8)
+        mma_qk, mma_pv = self._mma_qk(), self._mma_pv(self.mma_warpgroups, self.head_dim_v)
+        bytes_per_key = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
+        paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], bytes_per_key)
         tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0], paired)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
@@ -221,25 +234,25 @@ class Forward:
         sQ_layout: cute.ComposedLayout,
         sK_layout: cute.ComposedLayout,
         sV_layout: cute.ComposedLayout,
-        sO_layout: cute.ComposedLayout,
+        sO_layout: cute.ComposedLayout | None,
         tiles: Tiles,
         qhead_per_kvhead: Int32,
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms:
+            for atom in atoms[: 4 if self.stores_by_tma else 3]:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(sQ_layout, sK_layout, sV_layout, sO_layout))
         smem = Smem(
             storage.sQ.get_tensor(sQ_layout.outer, swizzle=sQ_layout.inner),
             storage.sK.get_tensor(sK_layout.outer, swizzle=sK_layout.inner),
             storage.sV.get_tensor(sV_layout.outer, swizzle=sV_layout.inner),
-            storage.sO.get_tensor(sO_layout.outer, swizzle=sO_layout.inner),
+            storage.sO.get_tensor(sO_layout.outer, swizzle=sO_layout.inner) if self.stores_by_tma else None,
         )
         pipelines = Pipelines(
-            self._pipeline(storage.q_barriers, Q_STAGES, self.tile_m),
-            self._pipeline(storage.k_barriers, self.stages, self.tile_n),
-            self._pipeline(storage.v_barriers, self.stages, self.tile_n),
+            self._pipeline(storage.q_barriers, self.q_stages, self.tile_m * self.width),
+            self._pipeline(storage.k_barriers, self.stages, self.tile_n * self.width),
+            self._pipeline(storage.v_barriers, self.stages, self.tile_n * self.width_v),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -252,14 +265,14 @@ class Forward:
             cute.arch.setmaxregister_increase(self.mma_registers)
             self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, softmax_scale_log2)
 
-    def _pipeline(self, barriers, stages: int, rows: int) -> pipeline.PipelineTmaAsync:
-        """Pipeline of (rows, head_dim) tiles from the producer warp to all MMA warps."""
+    def _pipeline(self, barriers, stages: int, elements: int) -> pipeline.PipelineTmaAsync:
+        """Pipeline from the producer to all MMA warps, of tiles of so many elements, filled-up zeros included."""
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=barriers.data_ptr(),
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.mma_warpgroups),
-            tx_count=rows * self.head_dim * self.dtype.width // 8,
+            tx_count=elements * self.dtype.width // 8,
             defer_sync=True,
         )
 
@@ -269,7 +282,7 @@ class Forward:
     ) -> None:
         """Producer warp: K_0 and Q of the first tile, then K_{i+1}, V_i over all blocks of all tiles, with each next
         tile's Q right after its K_0: the order in which the MMA warpgroups wait for them."""
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, Q_STAGES)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_stages)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
@@ -309,7 +322,7 @@ class Forward:
         state: pipeline.PipelineState,
     ) -> None:
         """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
-        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), self.head_dim), (None, 0))
+        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
         tXsX, tXgX = cpasync.tma_partition(
             atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
         )
@@ -318,11 +331,11 @@ class Forward:
 
     def _operands(self, mma_qk: cute.TiledMma, mma_pv: cute.TiledMma, smem: Smem, warpgroup_idx: Int32) -> Operands:
         sV = smem.v
-        transposed = cute.make_ordered_layout((self.head_dim, self.tile_n, self.stages), order=(1, 0, 2))
+        transposed = cute.make_ordered_layout((self.width_v, self.tile_n, self.stages), order=(1, 0, 2))
         wg_qk = mma_qk.get_slice(warpgroup_idx * WARPGROUP)
-        wg_pv = mma_pv.get_slice(warpgroup_idx * WARPGROUP)
+        wg_pv = self._mma_pv(self.mma_warpgroups, self.width_v).get_slice(warpgroup_idx * WARPGROUP)
         acc_S = self._scores(mma_qk)
-        acc_O = cute.make_rmem_tensor(wg_pv.partition_shape_C((self.tile_m, self.head_dim)), Float32)
+        acc_O = cute.make_rmem_tensor(mma_pv.partition_shape_C((self.tile_m, self.head_dim_v)), Float32)
         rows = cute.size(fragments.rows_by_columns(acc_O), mode=[0])
         return Operands(
             tSrQ=wg_qk.make_fragment_A(wg_qk.partition_A(smem.q)),
@@ -360,7 +373,7 @@ class Forward:
         wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         tile_row = tidx // 32 * 16 + tidx % 32 // 4  # this thread's first row in a tile; its second is 8 further on
         regs = self._operands(mma_qk, mma_pv, smem, wg)
-        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, Q_STAGES)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.q_stages)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         seqlen_k = gmem.k.shape[0]
@@ -399,7 +412,7 @@ class Forward:
             # multiplies what the stages still hold and nothing reads the result: a branch around it would make ptxas
             # serialise every WGMMA of the kernel.
             mLSE_done = mLSE[batch, head, None]
-            gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
+            gO = gmem.o[None, None, head, batch]
             row_block = m_block * self.mma_warpgroups + wg
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
             acc_S = self._scores(mma_qk)
@@ -421,9 +434,13 @@ class Forward:
             v_state.advance()
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, softmax_scale_log2)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
-            self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, tidx, wg)
+            if cutlass.const_expr(self.stores_by_tma):
+                self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, tidx, wg)
+            else:
+                self._store_rows(regs.acc_O, gO, first_row)
             self._begin_tile(acc_S, regs)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        if cutlass.const_expr(self.stores_by_tma):
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
 
     @cute.jit
     def _first_weights(
@@ -511,11 +528,12 @@ class Forward:
         k_state: pipeline.PipelineState,
     ) -> None:
         tSrQ, tSrK = regs.tSrQ[None, None, None, q_state.index], regs.tSrK[None, None, None, k_state.index]
-        self._issue(mma_qk, acc_S, tSrQ, tSrK, zero_init=True)
+        self._issue(mma_qk, acc_S, tSrQ, tSrK, self.head_dim // 16, zero_init=True)
 
     @cute.jit
     def _issue_pv(self, mma_pv: cute.TiledMma, regs: Operands, v_state: pipeline.PipelineState) -> None:
-        self._issue(mma_pv, regs.acc_O, regs.tOrP, regs.tOrV[None, None, None, v_state.index], zero_init=False)
+        tOrV = regs.tOrV[None, None, None, v_state.index]
+        self._issue(mma_pv, regs.acc_O, regs.tOrP, tOrV, self.tile_n // 16, zero_init=False)
 
     @cute.jit
     def _issue(
@@ -524,12 +542,13 @@ class Forward:
         acc: cute.Tensor,
         tCrA: cute.Tensor,
         tCrB: cute.Tensor,
+        slices: cutlass.Constexpr[int],
         zero_init: cutlass.Constexpr[bool],
     ) -> None:
-        """Issue acc (+)= A B as one WGMMA group."""
+        """Issue acc (+)= A B over the first ``slices`` k-slices of 16 as one WGMMA group."""
         warpgroup.fence()
         atom = cute.make_mma_atom(tiled_mma.op)
-        for k in cutlass.range_constexpr(cute.size(tCrA, mode=[2])):
+        for k in cutlass.range_constexpr(slices):
             atom.set(warpgroup.Field.ACCUMULATE, not (zero_init and k == 0))
             cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
         warpgroup.commit_group()
@@ -571,8 +590,8 @@ class Forward:
         self,
         store_atom: cute.CopyAtom,
         acc_O: cute.Tensor,
-        sO: cute.Tensor,  # (64, dv, MMA warpgroups)
-        gO: cute.Tensor,  # (64, dv, row blocks), TMA coordinates
+        sO: cute.Tensor,  # (64, head_dim_v, MMA warpgroups)
+        mO: cute.Tensor,  # (s_q, dv) of one head, TMA coordinates
         row_block: Int32,
         tidx: Int32,
         wg: Int32,
@@ -585,26 +604,35 @@ class Forward:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.barrier(barrier_id=STORE + wg, number_of_threads=WARPGROUP)
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-        row_mma = sm90_helpers.make_trivial_tiled_mma(
-            self.dtype,
-            self.dtype,
-            cute.nvgpu.OperandMajorMode.K,
-            cute.nvgpu.OperandMajorMode.MN,
-            Float32,
-            (1, 1, 1),
-            (64, self.head_dim),
-            warpgroup.OperandSource.RMEM,
-        )
-        copy = cute.make_tiled_copy_C(atom, row_mma).get_slice(tidx % WARPGROUP)
+        copy = cute.make_tiled_copy_C(atom, self._mma_pv(1, self.head_dim_v)).get_slice(tidx % WARPGROUP)
         cute.copy(copy, copy.retile(rO), copy.partition_D(sO[None, None, wg]))
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=STORE + wg, number_of_threads=WARPGROUP)
         if is_storing_warp:
+            gO = cute.local_tile(mO, (64, self.head_dim_v), (None, 0))
             tOsO, tOgO = cpasync.tma_partition(
                 store_atom, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
             )
             cute.copy(store_atom, tOsO[None, wg], tOgO[None, row_block])
             cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _store_rows(
+        self,
+        acc_O: cute.Tensor,
+        mO: cute.Tensor,  # (s_q, dv / 2) of one head, pairs of values as Int32
+        first_row: Int32,
+    ) -> None:
+        """Round O and write this thread's two rows from registers; a quad writes 16 neighbouring bytes at a time."""
+        rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
+        rO.store(acc_O.load().to(self.dtype))
+        pairs = cute.recast_tensor(rO, Int32)
+        lane = cute.arch.lane_idx() % 4
+        for r in cutlass.range_constexpr(2):
+            row = first_row + 8 * r
+            if row < mO.shape[0]:
+                for v in cutlass.range_constexpr(self.head_dim_out // 8):
+                    mO[row, 4 * v + lane] = pairs[2 * v + r]
 
 
 def example_arguments(key: KernelKey) -> tuple:
