@@ -1,6 +1,11 @@
 """The SM90 forward kernel on one GPU: numerics gate first, then speed against its peers; JSON, and a table last.
 
     python benchmarks/sm90_forward.py --out benchmarks/results/sm90_forward_h100.json
+    python benchmarks/sm90_forward.py --breadth --head-dims 80 96 192 256 --seqlens 4096 --cases 1200 \\
+        --out benchmarks/results/sm90_forward_breadth_h100.json
+
+The second one draws its cases from VARIANTS, too: other head dims, windows, softcap, sink. ``--list-keys`` prints the
+kernels that a bundle must hold to run them where there is no compiler.
 
 Numerics: FlashAttention's rule on random cases, max|out - ref| ≤ 2 · max|pt - ref| + atol, where ref is the math in
 fp32, pt the same math in the inputs' dtype, and atol = 2 · max|ref + 0.3 - 0.3 - ref| in that dtype; lse within 1e-4
@@ -31,7 +36,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from provenance import save  # noqa: E402
 
+from fa_sdpa import reference  # noqa: E402
 from fa_sdpa.kernels import launch  # noqa: E402
+from fa_sdpa.kernels.key import KernelKey  # noqa: E402
+from fa_sdpa.kernels.sm90 import config  # noqa: E402
+from fa_sdpa.meta.spec import Options  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = ("bhsd", "bshd", "packed", "expanded_heads", "expanded_batch", "padded", "unaligned")
@@ -39,39 +48,123 @@ HEADS = ((1, 1), (2, 2), (4, 2), (8, 1), (7, 1), (14, 2), (6, 3))
 SEQLENS = (1, 7, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 384, 1000, 1024)
 
 
+class Variant(NamedTuple):
+    """What a case wants of a kernel."""
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    mask: str  # "full", "causal" or "window"
+    softcap: bool = False
+    sink: bool = False
+
+    def keys(self) -> list[KernelKey]:
+        """The kernels that serve it at one length or another."""
+        window = self.mask == "window"
+        is_plain = not (window or self.softcap or self.sink)
+        has_wide = is_plain and max(self.head_dim, self.head_dim_v) <= 64
+        return [
+            config.forward_key(
+                DTYPES[self.dtype],
+                self.head_dim,
+                self.head_dim_v,
+                self.mask == "causal",
+                wide,
+                window=window,
+                softcap=self.softcap,
+                sink=self.sink,
+            )
+            for wide in (False, True)[: 1 + has_wide]
+        ]
+
+
+PLAIN = [
+    Variant(dtype, head_dim, head_dim, mask)
+    for dtype in DTYPES
+    for head_dim in (64, 128)
+    for mask in ("full", "causal")
+]
+VARIANTS = [
+    *(
+        Variant("fp16" if head_dim % 16 else "bf16", head_dim, head_dim_v, mask)
+        for head_dim, head_dim_v in (
+            *((d, d) for d in (8, 16, 24, 32, 40, 56, 72, 80, 96, 112, 120, 136, 160, 192, 208, 248, 256)),
+            *((64, 128), (128, 64), (192, 128), (128, 256), (256, 128), (64, 256), (80, 48), (24, 96)),
+        )
+        for mask in ("full", "causal")
+    ),
+    *(
+        Variant(dtype, head_dim, head_dim_v, *flags)
+        for dtype, head_dim, head_dim_v in (
+            ("bf16", 64, 64),
+            ("fp16", 64, 64),
+            ("bf16", 128, 128),
+            ("fp16", 128, 128),
+            ("bf16", 96, 96),
+            ("fp16", 192, 128),
+            ("bf16", 256, 256),
+        )
+        for flags in (("window",), ("window", True, True), ("full", True), ("causal", False, True))
+    ),
+]
+
+
 class Case(NamedTuple):
     """One random call."""
 
     dtype: str
     head_dim: int
+    head_dim_v: int
     batch: int
     heads: int
     heads_kv: int
     seqlen_q: int
     seqlen_k: int
-    is_causal: bool
-    scale: float | None
+    options: Options
+    sink: bool
     layout: str
     spread: float  # standard deviation of Q
     rising: bool  # scores grow along the order in which blocks are visited, so that the running maximum keeps rising
 
 
-def random_case(rng: random.Random) -> Case:
+def random_window(rng: random.Random, seqlen_q: int, seqlen_k: int) -> Options:
+    """Options that need a window kernel at these lengths, or full ones if none was found."""
+
+    def bound() -> int | None:
+        return rng.choice((None, 0, 1, rng.randint(0, 200), rng.randint(0, 2048)))
+
+    for _ in range(100):
+        options = Options(rng.random() < 0.4, None, rng.random() < 0.5, bound(), bound())
+        if launch._visible(options, seqlen_q, seqlen_k)[1] is not None:
+            return options
+    return Options(window_left=0)
+
+
+def random_case(rng: random.Random, variants: list[Variant]) -> Case:
     def seqlen() -> int:
         return rng.choice(SEQLENS) if rng.random() < 0.5 else rng.randint(1, 2048)
 
+    variant = rng.choice(variants)
     seqlen_q = seqlen()
+    seqlen_k = seqlen_q if rng.random() < 0.4 else seqlen()
+    options = Options(is_causal=variant.mask == "causal")
+    if variant.mask == "window":
+        seqlen_q, seqlen_k = max(seqlen_q, 2), max(seqlen_k, 2)
+        options = random_window(rng, seqlen_q, seqlen_k)
+    scale = None if rng.random() < 0.7 else rng.uniform(0.02, 0.5)
+    options = options._replace(scale=scale, softcap=rng.choice((5.0, 30.0, 50.0)) if variant.softcap else 0.0)
     heads, heads_kv = rng.choice(HEADS)
     return Case(
-        dtype=rng.choice(("bf16", "fp16")),
-        head_dim=rng.choice((64, 128)),
+        dtype=variant.dtype,
+        head_dim=variant.head_dim,
+        head_dim_v=variant.head_dim_v,
         batch=rng.randint(1, 3),
         heads=heads,
         heads_kv=heads_kv,
         seqlen_q=seqlen_q,
-        seqlen_k=seqlen_q if rng.random() < 0.4 else seqlen(),
-        is_causal=rng.random() < 0.5,
-        scale=None if rng.random() < 0.7 else rng.uniform(0.02, 0.5),
+        seqlen_k=seqlen_k,
+        options=options,
+        sink=variant.sink,
         layout=rng.choice(LAYOUTS),
         spread=rng.choice((1.0, 1.0, 4.0)),
         rising=rng.random() < 0.25,
@@ -100,19 +193,21 @@ def laid_out(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) 
     return randn(*shape)
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """query, key, value, sink"""
     dtype = DTYPES[case.dtype]
     q_layout = "bshd" if case.layout.startswith("expanded") else case.layout
     query = laid_out((case.batch, case.heads, case.seqlen_q, case.head_dim), q_layout, dtype)
-    kv_shape = (case.batch, case.heads_kv, case.seqlen_k, case.head_dim)
-    key, value = (laid_out(kv_shape, case.layout, dtype) for _ in range(2))
+    kv_shape = (case.batch, case.heads_kv, case.seqlen_k)
+    key, value = (laid_out((*kv_shape, d), case.layout, dtype) for d in (case.head_dim, case.head_dim_v))
     query.mul_(case.spread)
     if case.rising:
         query.copy_(query.abs())
         ramp = torch.linspace(2.0, 0.0, case.seqlen_k, device="cuda", dtype=torch.float32)
         dense = key if 0 not in key.stride() else key.as_strided(*base_of(key))
         dense.add_(ramp[:, None].to(dtype))
-    return query, key, value
+    sink = 3.0 * torch.randn(case.heads, device="cuda", dtype=torch.float32).to(dtype) if case.sink else None
+    return query, key, value, sink
 
 
 def base_of(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -120,30 +215,19 @@ def base_of(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)), x.stride()
 
 
-def math_attention(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """(out, lse) by the textbook, in the dtype of the inputs."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3)) * (query.shape[3] ** -0.5 if scale is None else scale)
-    if is_causal:
-        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-        scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(dim=-1) @ value, scores.float().logsumexp(dim=-1)
-
-
 def check(case: Case) -> dict[str, float]:
     """Run one case; its errors and bounds. Raises AssertionError with the worst element beyond a bound."""
-    query, key, value = inputs(case)
-    out, lse = launch.attention_fwd(query, key, value, is_causal=case.is_causal, scale=case.scale)
-    ref, ref_lse = math_attention(query.float(), key.float(), value.float(), case.is_causal, case.scale)
-    rounded, _ = math_attention(query, key, value, case.is_causal, case.scale)
+    query, key, value, sink = inputs(case)
+    out, lse = launch.attention_fwd(query, key, value, sink, case.options)
+    options = case.options._asdict()
+    ref, ref_lse = reference.attention(query.float(), key.float(), value.float(), sink=sink, **options)
+    rounded, _ = reference.attention(query, key, value, sink=sink, **options)
     low = ref.to(out.dtype)
     atol = 2 * (low + 0.3 - 0.3 - low).abs().max().item()
     bound = 2 * (rounded.float() - ref).abs().max().item() + atol
     error = (out.float() - ref).abs().nan_to_num(float("inf"))
     error_lse = ((lse - ref_lse).abs() / ref_lse.abs().clamp(min=1.0)).nan_to_num(float("inf"))
+    error_lse = error_lse.masked_fill(lse == ref_lse, 0.0)  # -inf where a row sees no key
     for name, errors, limit, got, want in (("out", error, bound, out, ref), ("lse", error_lse, 1e-4, lse, ref_lse)):
         worst = errors.max().item()
         if not worst <= limit:
@@ -156,7 +240,7 @@ def check(case: Case) -> dict[str, float]:
     return {"error": error.max().item(), "bound": bound, "error_lse": error_lse.max().item()}
 
 
-def gate(num_cases: int, seed: int) -> dict[str, Any]:
+def gate(num_cases: int, seed: int, variants: list[Variant]) -> dict[str, Any]:
     """Check ``num_cases`` random cases and the empty ones."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(seed)
@@ -169,7 +253,7 @@ def gate(num_cases: int, seed: int) -> dict[str, Any]:
 
     launch.empty_out_lse = poisoned
     try:
-        results = [check(random_case(rng)) for _ in range(num_cases)]
+        results = [check(random_case(rng, variants)) for _ in range(num_cases)]
         check_empty()
         check_repeats()
     finally:
@@ -177,6 +261,7 @@ def gate(num_cases: int, seed: int) -> dict[str, Any]:
     return {
         "rule": "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|)",
         "cases": num_cases,
+        "variants": len(variants),
         "seed": seed,
         "failed": 0,
         "worst_error_over_bound": max(r["error"] / r["bound"] if r["bound"] else 0.0 for r in results),
@@ -190,7 +275,7 @@ def check_empty() -> None:
     for batch, seqlen_q, seqlen_k in ((1, 3, 0), (0, 3, 3), (1, 0, 3), (0, 0, 0)):
         query = torch.randn(batch, 2, seqlen_q, 64, device="cuda", dtype=torch.bfloat16)
         key, value = (torch.randn(batch, 2, seqlen_k, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        out, lse = launch.attention_fwd(query, key, value, is_causal=False, scale=None)
+        out, lse = launch.attention_fwd(query, key, value, None, Options())
         assert out.shape == query.shape and lse.shape == query.shape[:3]
         assert bool((out == 0).all()) and bool((lse == float("-inf")).all())
 
@@ -198,15 +283,16 @@ def check_empty() -> None:
 def check_repeats() -> None:
     """The same bits on every run, on a side stream, and from a CUDA graph."""
     query, key, value = (laid_out((2, 4, 1000, 128), "bshd", torch.bfloat16) for _ in range(3))
-    first, first_lse = launch.attention_fwd(query, key, value, is_causal=True, scale=None)
+    causal = Options(is_causal=True)
+    first, first_lse = launch.attention_fwd(query, key, value, None, causal)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        runs = [launch.attention_fwd(query, key, value, is_causal=True, scale=None) for _ in range(20)]
+        runs = [launch.attention_fwd(query, key, value, None, causal) for _ in range(20)]
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        runs.append(launch.attention_fwd(query, key, value, is_causal=True, scale=None))
+        runs.append(launch.attention_fwd(query, key, value, None, causal))
     graph.replay()
     for out, lse in runs:
         assert torch.equal(out, first) and torch.equal(lse, first_lse)
@@ -226,7 +312,7 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor, bool], Any]]:
         return call
 
     calls = {
-        "ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, is_causal=c, scale=None),
+        "ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, None, Options(is_causal=c)),
         "torch": lambda q, k, v, c: F.scaled_dot_product_attention(q, k, v, is_causal=c),
         "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
         "flash2": backend(SDPBackend.FLASH_ATTENTION),
@@ -255,6 +341,11 @@ def measure(head_dims: list[int], seqlens: list[int], only: list[str]) -> list[d
                 cell: dict[str, Any] = {"head_dim": head_dim, "is_causal": is_causal, "seqlen": seqlen}
                 for name, call in calls.items():
                     run = functools.partial(call, query, key, value, is_causal)
+                    try:
+                        run()
+                    except RuntimeError:  # a backend that does not take this head dim
+                        cell[name] = None
+                        continue
                     ms = do_bench(run, warmup=25, rep=100, return_mode="median")
                     cell[name] = round(flops / ms / 1e9, 1)
                 cells.append(cell)
@@ -266,10 +357,10 @@ def table(cells: list[dict[str, Any]]) -> str:
     lines = ["cell".ljust(16) + "".join(n.rjust(9) for n in names) + "  ours/cudnn  ours/best"]
     for cell in cells:
         label = f"d{cell['head_dim']} {'causal' if cell['is_causal'] else 'full'} {cell['seqlen']}"
-        peers = [cell[n] for n in names if n != "ours"]
-        ratio = f"{cell['ours'] / cell['cudnn']:12.2f}" if "cudnn" in cell else " " * 12
+        peers = [cell[n] for n in names if n != "ours" and cell[n]]
+        ratio = f"{cell['ours'] / cell['cudnn']:12.2f}" if cell.get("cudnn") else " " * 12
         best = f"{cell['ours'] / max(peers):11.2f}" if peers else ""
-        lines.append(label.ljust(16) + "".join(f"{cell[n]:9.1f}" for n in names) + ratio + best)
+        lines.append(label.ljust(16) + "".join(f"{cell[n] or 0:9.1f}" for n in names) + ratio + best)
     return "\n".join(lines)
 
 
@@ -281,8 +372,13 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="*", default=[64, 128])
     parser.add_argument("--seqlens", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--only", nargs="*", default=[], help="contenders to time; all by default")
+    parser.add_argument("--breadth", action="store_true", help="draw the cases from VARIANTS, too")
+    parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
-    numerics = gate(args.cases, args.seed) if args.cases else None
+    variants = PLAIN + VARIANTS if args.breadth else PLAIN
+    if args.list_keys:
+        return print("\n".join(sorted({key.name for variant in variants for key in variant.keys()})))
+    numerics = gate(args.cases, args.seed, variants) if args.cases else None
     print(f"numerics: {numerics}", flush=True)
     cells = measure(args.head_dims, args.seqlens, args.only) if args.seqlens else []
     if args.out:

@@ -65,6 +65,32 @@ def test_head_dims(d, dv, is_causal):
         assert_within_bound(fwd(q, k, v, is_causal=is_causal)[0], q, k, v, is_causal)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True, "bottom_right": True},
+        {"window_left": 60, "window_right": 10},
+        {"window_left": 0, "bottom_right": True, "is_causal": True},
+        {"window_right": 200},
+        {"softcap": 20.0, "is_causal": True},
+        {"softcap": 5.0, "window_left": 130, "window_right": 0, "bottom_right": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize(("sq", "sk"), [(300, 513), (513, 300)])
+def test_options(sq, sk, has_sink, options):
+    for d in (64, 128, 256):
+        q, k, v = inputs(sq=sq, sk=sk, d=d)
+        sink = torch.randn(4, device="cuda") if has_sink else None
+        out, lse = fwd(q, k, v, sink=sink, **options)
+        wide = [x.double() for x in (q, k, v)]
+        expected, expected_lse = reference.attention(*wide, sink=sink, **options)
+        baseline, _ = reference.attention(q, k, v, sink=sink, **options)
+        assert reference.excess(out, expected, baseline) <= 0, reference.worst(out, expected)
+        torch.testing.assert_close(lse, expected_lse.float(), atol=1e-4, rtol=1e-4)
+
+
 def test_same_values_through_any_strides_give_the_same_bits():
     q, k, v = (x.contiguous() for x in inputs(heads=3, heads_kv=3, d=128))
     expected = fwd(q, k, v, is_causal=True)

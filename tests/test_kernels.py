@@ -19,7 +19,7 @@ from fa_sdpa.kernels import compile as compiling
 from fa_sdpa.kernels import launch
 from fa_sdpa.kernels.key import KernelKey
 from fa_sdpa.kernels.sm90 import config
-from fa_sdpa.meta.spec import AttentionSpec
+from fa_sdpa.meta.spec import AttentionSpec, Options
 from fa_sdpa.meta.target import Target
 
 H100 = Target("cuda", 90, "NVIDIA H100", 132, config.SMEM_PER_BLOCK)
@@ -38,7 +38,18 @@ SPREAD = [  # head dims of every kind: padded and not, one Q stage and two, each
         (torch.float16, 64, 256, True),
     )
 ]
-KEYS = (*config.all_keys(), *SPREAD)
+OPTIONS = [
+    config.forward_key(dtype, head_dim, head_dim, is_causal, window=window, softcap=softcap, sink=sink)
+    for dtype, head_dim, is_causal, window, softcap, sink in (
+        (torch.bfloat16, 128, False, True, False, False),
+        (torch.float16, 64, False, True, True, True),
+        (torch.bfloat16, 256, False, True, True, True),
+        (torch.bfloat16, 128, False, False, True, False),
+        (torch.float16, 128, True, False, True, True),
+        (torch.bfloat16, 64, True, False, False, True),
+    )
+]
+KEYS = (*config.all_keys(), *SPREAD, *OPTIONS)
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -67,7 +78,7 @@ def cuda_tool(name: str) -> str:
 
 
 def test_key_names_are_distinct_and_parse_back():
-    assert len({key.name for key in KEYS}) == len(KEYS) == 30
+    assert len({key.name for key in KEYS}) == len(KEYS) == 36
     for key in KEYS:
         assert KernelKey.parse(key.name) == key
     with pytest.raises(ValueError, match="is not a kernel name"):
@@ -84,6 +95,7 @@ def test_key_names_are_distinct_and_parse_back():
         {"tile_m": 100},
         {"tile_n": -16},
         {"stages": 0},
+        {"window": True, "is_causal": True},
     ],
 )
 def test_key_is_checked_at_birth(change):
@@ -136,6 +148,12 @@ def test_supported_call_has_no_reason():
                 call = spec(dtype=dtype, num_heads_kv=heads_kv, is_causal=True)
                 call = call._replace(head_dim=head_dims[0], head_dim_v=head_dims[1])
                 assert kernels.unsupported(call, H100) == ()
+
+
+def test_windows_softcap_and_sink_are_supported():
+    for change in ({"bottom_right": True}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
+        assert kernels.unsupported(spec(is_causal=True, **change), H100) == ()
+    assert [reason.code for reason in kernels.unsupported(spec(softcap=float("inf")), H100)] == ["softcap"]
 
 
 def test_refusal_lists_every_reason():
@@ -213,11 +231,33 @@ def test_addressable_copies_only_what_tma_cannot_take():
 
 def test_empty_calls_launch_nothing():
     query, key = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 0, 64)
-    out, lse = launch.attention_fwd(query, key, key, is_causal=False, scale=None)
+    out, lse = launch.attention_fwd(query, key, key, None, Options())
     assert out.shape == query.shape and not out.any() and bool((lse == float("-inf")).all())
+    sink = torch.tensor([0.5, -1.0])
+    out, lse = launch.attention_fwd(query, key, key, sink, Options())
+    assert not out.any() and torch.equal(lse, sink[None, :, None].expand(1, 2, 3))
     query = torch.randn(0, 2, 3, 64)
-    out, lse = launch.attention_fwd(query, query, query, is_causal=False, scale=None)
+    out, lse = launch.attention_fwd(query, query, query, None, Options())
     assert out.shape == query.shape and lse.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "seqlens", "visible"),
+    [
+        ({"is_causal": True}, (5, 9), (True, None, None)),
+        ({"bottom_right": True}, (5, 9), (False, None, None)),
+        ({"is_causal": True, "bottom_right": True}, (9, 9), (True, None, None)),
+        ({"is_causal": True, "bottom_right": True}, (5, 9), (False, -5, 4)),
+        ({"is_causal": True, "bottom_right": True}, (1, 9), (False, None, None)),  # one row at the end sees all
+        ({"is_causal": True, "bottom_right": True}, (9, 5), (False, -9, -4)),  # the first four rows see nothing
+        ({"window_left": 3}, (9, 9), (False, -3, 9)),
+        ({"window_left": 8, "window_right": 2**40}, (9, 9), (False, None, None)),
+        ({"is_causal": True, "window_left": 8}, (9, 9), (True, None, None)),
+        ({"window_left": 2, "window_right": 1}, (9, 9), (False, -2, 1)),
+    ],
+)
+def test_windows_become_the_plainest_mask(options, seqlens, visible):
+    assert launch._visible(Options(**options), *seqlens) == visible
 
 
 # ---- compiled code ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ DTYPES = ("bf16", "fp16")
 DIRECTIONS = ("forward",)
 _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
-    r"_(?P<mask>full|causal)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
+    r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
+    r"(?P<softcap>_softcap)?(?P<sink>_sink)?"
 )
 
 
@@ -30,6 +31,9 @@ class KernelKey:
     tile_m: int  # query rows per CTA
     tile_n: int  # keys per block
     stages: int  # K and V blocks in flight
+    window: bool = False  # each row sees the keys between two bounds, which are arguments of the kernel
+    softcap: bool = False  # scores are capped; the cap is an argument
+    sink: bool = False  # every row's softmax has one more score, an argument
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -45,14 +49,16 @@ class KernelKey:
             raise ValueError(f"{self.tile_n=} must be a positive multiple of 16")
         if self.stages < 1:
             raise ValueError(f"{self.stages=} must be at least 1")
+        if self.window and self.is_causal:
+            raise ValueError(f"{self.window=}: its right bound replaces is_causal")
 
     @property
     def name(self) -> str:
         """Stable name: the exported function, the manifest's entry, the cache's key."""
-        mask = "causal" if self.is_causal else "full"
+        mask = "window" if self.window else "causal" if self.is_causal else "full"
         return (
             f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
-            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}"
+            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}{'_softcap' * self.softcap}{'_sink' * self.sink}"
         )
 
     @classmethod
@@ -61,6 +67,8 @@ class KernelKey:
         match = _NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name!r} is not a kernel name")
-        values: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in match.groupdict().items()}
-        values["is_causal"] = values.pop("mask") == "causal"
+        values: dict[str, Any] = {k: int(v) if v and v.isdigit() else v for k, v in match.groupdict().items()}
+        mask = values.pop("mask")
+        values["is_causal"], values["window"] = mask == "causal", mask == "window"
+        values["softcap"], values["sink"] = bool(values["softcap"]), bool(values["sink"])
         return cls(**values)

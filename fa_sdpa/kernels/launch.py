@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..meta.shapes import empty_out_lse
+from ..meta.spec import Options
 from ..meta.target import Target
 from . import family_of
 from .compile import Kernel, kernel
@@ -32,21 +33,20 @@ def attention_fwd(
     query: Tensor,  # (B, H, Sq, D)
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
-    *,
-    is_causal: bool,
-    scale: float | None,
+    sink: Tensor | None,  # (H,)
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Attention forward on the current stream of the tensors' CUDA device, with no synchronisation.
 
     Args:
         query, key, value: bf16 or fp16, any strides with a contiguous last dimension; what TMA cannot address (a base
             or a stride that is no multiple of 16 bytes) is copied first. H_kv divides H.
-        is_causal: query row i sees keys 0 … i.
-        scale: factor of Q Kᵀ, positive and finite; None is 1/√D.
+        sink: floating; one more score in the softmax of each row of a head, with a value of 0.
+        options: is_causal, window, softcap as Options defines them; scale is positive and finite, None is 1/√D.
 
     Returns:
         out (B, H, Sq, Dv) in query's dtype and memory layout; lse (B, H, Sq) fp32, natural log. A row that sees no key
-        has out = 0 and lse = -inf.
+        has out = 0 and lse = -inf, or the sink.
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
@@ -55,35 +55,68 @@ def attention_fwd(
     out, lse = empty_out_lse(query, value)
     if lse.numel() == 0:
         return out, lse
+    if sink is not None:
+        sink = sink.to(torch.float32).contiguous()
     if key.shape[2] == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+        return out.zero_(), lse.fill_(-math.inf) if sink is None else lse.copy_(sink[:, None].expand_as(lse))
     device = query.get_device()
-    head_dim, head_dim_v = query.shape[3], value.shape[3]
-    wide = sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, query.shape[2])
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, device)
+    head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
+    is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
+    is_plain = left is None and sink is None and not options.softcap
+    wide = is_plain and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, seqlen_q)
+    flags = (left is not None, options.softcap > 0.0, sink is not None)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
-    if scale is None:
+    if options.scale is None:
         scale_log2 = plan.scale_log2
-    elif 0.0 < scale < math.inf:
-        scale_log2 = scale * LOG2_E
+    elif 0.0 < options.scale < math.inf:
+        scale_log2 = options.scale * LOG2_E
     else:
-        raise ValueError(f"{scale=} must be positive and finite")
+        raise ValueError(f"scale={options.scale} must be positive and finite")
+    cap_factor = None
+    if options.softcap:
+        scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
+    arguments = (query, key, value, out, lse, scale_log2, plan.num_sms, left, right, cap_factor, sink)
     if device == torch.cuda.current_device():
-        plan.run(query, key, value, out, lse, scale_log2, plan.num_sms)
+        plan.run(*arguments)
     else:
         with torch.cuda.device(device):
-            plan.run(query, key, value, out, lse, scale_log2, plan.num_sms)
+            plan.run(*arguments)
     return out, lse
 
 
-def _make_plan(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, device: int) -> _Plan:
+def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
+    """``(is_causal, left, right)``: row i sees the keys i + left … i + right or, where these are None, all keys or
+    those up to i. A window that comes down to one of these two needs no kernel of its own."""
+    if not options.bottom_right and options.window_left is None and options.window_right is None:
+        return options.is_causal, None, None
+    left, right = options.bounds(seqlen_q, seqlen_k)
+    if left is None or left <= 1 - seqlen_q:  # the last row sees key 0
+        if right is None or right >= seqlen_k - 1:  # the first row sees the last key
+            return False, None, None
+        if right == 0:
+            return True, None, None
+        left = -seqlen_q
+    return False, left, seqlen_k if right is None else min(right, seqlen_k)
+
+
+def _make_plan(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    wide: bool,
+    flags: tuple[bool, bool, bool],
+    device: int,
+) -> _Plan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    run = kernel(sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide))
-    plan = _Plan(run, LOG2_E / math.sqrt(head_dim), target.num_sms)
-    _plans[dtype, head_dim, head_dim_v, is_causal, wide, device] = plan
+    window, softcap, sink = flags
+    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
+    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
+    _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
     return plan
 
 

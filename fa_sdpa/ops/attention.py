@@ -195,7 +195,7 @@ def _bwd_cpu(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-un
 def _fwd_cuda(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     options = _options(**kwargs)
     _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
-    return launch.attention_fwd(query, key, value, is_causal=options.is_causal, scale=options.scale)
+    return launch.attention_fwd(query, key, value, sink, options)
 
 
 @torch.library.impl(_lib, "attention_bwd", "CUDA")

@@ -18,7 +18,7 @@ from cutlass import Boolean, Float32
 from .fragments import row_maximum, row_total, rows_by_columns, scale_rows
 
 STALE = 8.0  # log2 units
-LN2 = math.log(2.0)
+LN2, LOG2_E = math.log(2.0), math.log2(math.e)
 
 
 @cute.jit
@@ -57,6 +57,14 @@ def softmax_step(
 
 
 @cute.jit
+def cap_scores(acc_S: cute.Tensor, factor: Float32) -> None:
+    """tanh(s · factor / (2 · log2 e)) in place of each score s: 1 - 2 / (1 + exp2(s · factor)), within 1e-6."""
+    for i in cutlass.range_constexpr(cute.size(acc_S)):
+        power = cute.math.exp2(acc_S[i] * factor, fastmath=True)
+        acc_S[i] = 1.0 - 2.0 * cute.arch.rcp_approx(1.0 + power)
+
+
+@cute.jit
 def rescale_sums(
     row_sum: cute.Tensor,  # (rows of this thread,)
     growth: cute.Tensor,  # (rows of this thread,), of softmax_step; replaced by the factors that O needs as well
@@ -74,13 +82,23 @@ def finish_rows(
     row_max: cute.Tensor,  # (rows of this thread,)
     row_sum: cute.Tensor,  # (rows of this thread,), this thread's columns only; replaced by the rows' lse
     scale_log2: Float32,
+    sink: Float32 | None,  # one more score, with a value of 0
 ) -> None:
-    """O /= l and lse (natural log), in place; a row that saw no key gets O = 0 and lse = -inf."""
+    """O /= l and lse (natural log), in place; a row that saw no key gets O = 0 and lse = -inf, or the sink."""
     factors = cute.make_rmem_tensor(cute.size(row_sum), Float32)
     for r in cutlass.range_constexpr(cute.size(row_sum)):
         total = cute.arch.warp_reduction_sum(row_sum[r], threads_in_group=4)
+        if cutlass.const_expr(sink is not None):
+            own, other = row_max[r] * scale_log2, sink * LOG2_E
+            top = _finite(cute.arch.fmax(own, other))
+            shrink = cute.math.exp2(own - top, fastmath=True)
+            total = total * shrink + cute.math.exp2(other - top, fastmath=True)
         empty = total == 0.0
         factors[r] = Float32(0.0) if empty else cute.arch.rcp_approx(total)
-        lse = (row_max[r] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
+        if cutlass.const_expr(sink is not None):
+            factors[r] = factors[r] * shrink
+            lse = (top + cute.math.log2(total, fastmath=True)) * LN2
+        else:
+            lse = (row_max[r] * scale_log2 + cute.math.log2(total, fastmath=True)) * LN2
         row_sum[r] = -Float32.inf if empty else lse
     scale_rows(acc_O, factors)

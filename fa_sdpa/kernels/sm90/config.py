@@ -131,7 +131,17 @@ def forward_config(head_dim: int, head_dim_v: int, wide: bool = False) -> Forwar
 
 
 @functools.cache
-def forward_key(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool = False) -> KernelKey:
+def forward_key(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    wide: bool = False,
+    *,
+    window: bool = False,
+    softcap: bool = False,
+    sink: bool = False,
+) -> KernelKey:
     """Key of the forward kernel for what decides its code."""
     config = forward_config(head_dim, head_dim_v, wide)
     return KernelKey(
@@ -144,11 +154,15 @@ def forward_key(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: b
         config.tile_m,
         config.tile_n,
         config.stages,
+        window,
+        softcap,
+        sink,
     )
 
 
 def all_keys() -> tuple[KernelKey, ...]:
-    """The kernels of the most common head dims; any other pair has its kernels, too, compiled when they are needed."""
+    """The plain kernels of the most common head dims. Those of other head dims, and with a window, softcap or sink, are
+    compiled when they are needed."""
     tiles = ((64, 64, False), (64, 64, True), (96, 96, False), (128, 128, False), (256, 256, False))
     return tuple(
         forward_key(dtype, head_dim, head_dim_v, is_causal, wide)
@@ -172,14 +186,8 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("dropout", f"there is no kernel with dropout (dropout_p={spec.dropout_p})"))
     if spec.scale is not None and not (math.isfinite(spec.scale) and spec.scale > 0.0):
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
-    for code, asked in (
-        ("bottom_right", spec.bottom_right and (spec.is_causal or spec.window)),
-        ("window", spec.window),
-        ("softcap", spec.softcap > 0.0),
-        ("sink", spec.sink),
-    ):
-        if asked:
-            reasons.append(Reason(code, f"the SM90 kernels have no {code} yet"))
+    if not math.isfinite(spec.softcap):
+        reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
     if spec.needs_grad:
         reasons.append(Reason("no_backward", "gradients are needed and there is no backward kernel"))
     if not spec.last_dim_contiguous:

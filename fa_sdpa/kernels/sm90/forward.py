@@ -33,6 +33,12 @@ clipped by the store; keys beyond seqlen_k are loaded as zeros and masked.
 Head dims: shared memory holds whole 128-byte rows (64 columns), which TMA fills up with zeros; only the columns up to
 the next multiple of 16 are multiplied. For V, that is a WGMMA narrower than the tile that its descriptors describe.
 
+Static options of a key, whose values are arguments (Scoring):
+    window        row i sees the keys i + left … i + right; blocks outside are skipped on both sides, those at either
+                  edge are masked. A tile that sees no key visits one block, all masked: O = 0, lse = -inf
+    softcap       S becomes tanh(S · softmax_scale / cap) before the mask, and c = cap · log2(e)
+    sink          joins l when a tile is finished
+
 Constraints: 16-bit Q, K, V; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other strides
 and base pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. Tile sizes: sm90/config.py.
 """
@@ -47,8 +53,8 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import LayoutEnum, SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.blocks import key_blocks
-from ..common.mask import mask_right, row_limits
+from ..common.blocks import Window, first_key_blocks, key_blocks
+from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
 from .config import ForwardConfig
@@ -91,6 +97,15 @@ class Atoms(NamedTuple):
     o: cute.CopyAtom | None
 
 
+class Scoring(NamedTuple):
+    """From Q Kᵀ to the softmax: what is None is not in this kernel."""
+
+    scale_log2: Float32  # c: log2(e) times softmax_scale, or times the cap that scores are a fraction of
+    window: Window | None
+    cap_factor: Float32 | None  # 2 · log2(e) · softmax_scale / cap
+    sink: cute.Tensor | None  # (h,) fp32
+
+
 class Operands(NamedTuple):
     """What one MMA warpgroup multiplies with and into."""
 
@@ -118,7 +133,8 @@ class Forward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.head_dim_out = key.head_dim_v
         self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma
-        self.is_causal = key.is_causal
+        self.is_causal, self.has_window = key.is_causal, key.window
+        self.later_cost_more = key.is_causal or key.window  # query blocks; of the scheduler's orders
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
         self.mma_warpgroups = config.mma_warpgroups
         self.mma_registers, self.producer_registers = config.registers
@@ -178,6 +194,10 @@ class Forward:
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         softmax_scale_log2: Float32,
         num_sms: Int32,
+        window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
+        window_right: Int32 | None,
+        cap_factor: Float32 | None,  # see Scoring
+        mSink: cute.Tensor | None,  # (h,) fp32
         stream,
     ):
         def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
@@ -201,6 +221,7 @@ class Forward:
                 (store, mO, layouts[3], 64, self.head_dim_v),
             )
         ]
+        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         mma_qk, mma_pv = self._mma_qk(), self._mma_pv(self.mma_warpgroups, self.head_dim_v)
         bytes_per_key = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
         paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], bytes_per_key)
@@ -209,7 +230,7 @@ class Forward:
             Atoms(*(atom for atom, _ in copies)),
             Gmem(*(tensor for _, tensor in copies)),
             mLSE,
-            softmax_scale_log2,
+            Scoring(softmax_scale_log2, window, cap_factor, mSink),
             mma_qk,
             mma_pv,
             *layouts,
@@ -228,7 +249,7 @@ class Forward:
         atoms: Atoms,
         gmem: Gmem,
         mLSE: cute.Tensor,
-        softmax_scale_log2: Float32,
+        scoring: Scoring,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
         sQ_layout: cute.ComposedLayout,
@@ -260,10 +281,10 @@ class Forward:
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
-                self.load(atoms, gmem, smem, pipelines, tiles, qhead_per_kvhead)
+                self.load(atoms, gmem, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, softmax_scale_log2)
+            self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, scoring)
 
     def _pipeline(self, barriers, stages: int, elements: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to all MMA warps, of tiles of so many elements, filled-up zeros included."""
@@ -278,7 +299,14 @@ class Forward:
 
     @cute.jit
     def load(
-        self, atoms: Atoms, gmem: Gmem, smem: Smem, pipelines: Pipelines, tiles: Tiles, qhead_per_kvhead: Int32
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        smem: Smem,
+        pipelines: Pipelines,
+        tiles: Tiles,
+        window: Window | None,
+        qhead_per_kvhead: Int32,
     ) -> None:
         """Producer warp: K_0 and Q of the first tile, then K_{i+1}, V_i over all blocks of all tiles, with each next
         tile's Q right after its K_0: the order in which the MMA warpgroups wait for them."""
@@ -286,8 +314,8 @@ class Forward:
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
-        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
-        end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
+        end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
         head_kv = head // qhead_per_kvhead
         self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
         k_state.advance()
@@ -295,20 +323,23 @@ class Forward:
         q_state.advance()
         while is_valid:
             gK, gV = gmem.k[None, None, head_kv, batch], gmem.v[None, None, head_kv, batch]
-            for i in cutlass.range(end - 1, unroll=1):
+            start = Int32(0)
+            if cutlass.const_expr(self.has_window):
+                start, _ = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
+            for i in cutlass.range(end - 1 - start, unroll=1):
                 self._load_tile(atoms.k, gK, smem.k, end - 2 - i, pipelines.k, k_state)
                 k_state.advance()
                 self._load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
-            end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
+            end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
             head_kv = head // qhead_per_kvhead
             if is_valid:
                 self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
                 self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
             k_state.advance()
             q_state.advance()
-            self._load_tile(atoms.v, gV, smem.v, Int32(0), pipelines.v, v_state)
+            self._load_tile(atoms.v, gV, smem.v, start, pipelines.v, v_state)
             v_state.advance()
 
     @cute.jit
@@ -365,7 +396,7 @@ class Forward:
         tiles: Tiles,
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
-        softmax_scale_log2: Float32,
+        scoring: Scoring,
     ) -> None:
         """MMA warpgroup: all tiles of this CTA, 64 rows of each."""
         tidx, _, _ = cute.arch.thread_idx()
@@ -380,7 +411,7 @@ class Forward:
         if wg == 0:
             self._pass_turn(wg, to_next=False)
 
-        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.is_causal)
+        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
         acc_S = self._scores(mma_qk)
         pipelines.q.consumer_wait(q_state)
         pipelines.k.consumer_wait(k_state)
@@ -388,23 +419,37 @@ class Forward:
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         k_state.advance()
-        self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, softmax_scale_log2)
+        self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
         self._begin_tile(acc_S, regs)
         while is_valid:
-            end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
+            end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
             first_row = m_block * self.tile_m + tile_row
             masked = cutlass.max(end - 1 - unmasked_end, 0)
+            if cutlass.const_expr(self.has_window):
+                start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
+                masked = cutlass.min(masked, end - 1 - start)
             for i in cutlass.range(masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
-                self._mask(acc_S, first_row, seqlen_k, end - 2 - i)
-                self._finish_block(acc_S, regs, pipelines, v_state, softmax_scale_log2)
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                self._mask(acc_S, first_row, seqlen_k, end - 2 - i, scoring.window)
+                self._finish_block(acc_S, regs, pipelines, v_state, scoring)
                 k_state.advance()
                 v_state.advance()
-            for _ in cutlass.range(end - 1 - masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
-                self._finish_block(acc_S, regs, pipelines, v_state, softmax_scale_log2)
+            unmasked = end - 1 - masked
+            if cutlass.const_expr(self.has_window):
+                unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
+            for _ in cutlass.range(unmasked, unroll=1):
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                self._finish_block(acc_S, regs, pipelines, v_state, scoring)
                 k_state.advance()
                 v_state.advance()
+            if cutlass.const_expr(self.has_window):
+                visited = masked + unmasked
+                for i in cutlass.range(end - 1 - visited - start, unroll=1):
+                    acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                    self._mask(acc_S, first_row, seqlen_k, end - 2 - visited - i, scoring.window)
+                    self._finish_block(acc_S, regs, pipelines, v_state, scoring)
+                    k_state.advance()
+                    v_state.advance()
             pipelines.q.consumer_release(q_state)
             q_state.advance()
 
@@ -413,8 +458,9 @@ class Forward:
             # serialise every WGMMA of the kernel.
             mLSE_done = mLSE[batch, head, None]
             gO = gmem.o[None, None, head, batch]
+            sink = scoring.sink[head] if cutlass.const_expr(scoring.sink is not None) else None
             row_block = m_block * self.mma_warpgroups + wg
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.is_causal)
+            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             acc_S = self._scores(mma_qk)
             if is_valid:
                 pipelines.q.consumer_wait(q_state)
@@ -428,11 +474,11 @@ class Forward:
             if is_valid:
                 pipelines.k.consumer_release(k_state)
             k_state.advance()
-            self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, softmax_scale_log2)
+            self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
             warpgroup.wait_group(0)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
-            softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, softmax_scale_log2)
+            softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, scoring.scale_log2, sink)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
             if cutlass.const_expr(self.stores_by_tma):
                 self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, tidx, wg)
@@ -450,13 +496,19 @@ class Forward:
         m_block: Int32,
         tile_row: Int32,
         seqlen_k: Int32,
-        softmax_scale_log2: Float32,
+        scoring: Scoring,
     ) -> None:
         """Weights of a tile's first block, in place, and its row statistics in block_max and block_sum."""
-        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal)
-        if unmasked_end < end:
-            self._mask(acc_S, m_block * self.tile_m + tile_row, seqlen_k, end - 1)
-        softmax.softmax_step(acc_S, regs.block_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=True)
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
+        is_masked = unmasked_end < end
+        if cutlass.const_expr(self.has_window):
+            _, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
+            is_masked = is_masked | (unmasked_start >= end)
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(acc_S, scoring.cap_factor)
+        if is_masked:
+            self._mask(acc_S, m_block * self.tile_m + tile_row, seqlen_k, end - 1, scoring.window)
+        softmax.softmax_step(acc_S, regs.block_max, regs.block_sum, regs.growth, scoring.scale_log2, is_first=True)
 
     @cute.jit
     def _begin_tile(self, acc_S: cute.Tensor, regs: Operands) -> None:
@@ -477,8 +529,9 @@ class Forward:
         k_state: pipeline.PipelineState,
         v_state: pipeline.PipelineState,
         wg: Int32,
+        scoring: Scoring,
     ) -> cute.Tensor:
-        """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last one; S when it is there."""
+        """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last one; S when there, capped."""
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
@@ -488,6 +541,8 @@ class Forward:
         self._pass_turn(wg, to_next=True)
         warpgroup.wait_group(1)
         pipelines.k.consumer_release(k_state)
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(acc_S, scoring.cap_factor)
         return acc_S
 
     @cute.jit
@@ -497,7 +552,7 @@ class Forward:
         regs: Operands,
         pipelines: Pipelines,
         v_state: pipeline.PipelineState,
-        softmax_scale_log2: Float32,
+        scoring: Scoring,
     ) -> None:
         """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
 
@@ -506,11 +561,11 @@ class Forward:
         must stay outside: the warps of a warpgroup have to execute it together, and they differ in what grew.
         """
         grew = softmax.softmax_step(
-            acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
+            acc_S, regs.row_max, regs.block_sum, regs.growth, scoring.scale_log2, is_first=False
         )
         if grew:
             pipelines.v.consumer_wait(v_state)
-            softmax.rescale_sums(regs.row_sum, regs.growth, softmax_scale_log2)
+            softmax.rescale_sums(regs.row_sum, regs.growth, scoring.scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
         if grew:
@@ -562,9 +617,13 @@ class Forward:
             tOrP[None, None, k].store(weights[None, None, k].load().to(self.dtype))
 
     @cute.jit
-    def _mask(self, acc_S: cute.Tensor, first_row: Int32, seqlen_k: Int32, n_block: Int32) -> None:
-        limits = row_limits(2, first_row, seqlen_k, n_block, self.tile_n, self.is_causal)
+    def _mask(
+        self, acc_S: cute.Tensor, first_row: Int32, seqlen_k: Int32, n_block: Int32, window: Window | None
+    ) -> None:
+        limits = row_limits(2, first_row, seqlen_k, n_block, self.tile_n, self.is_causal, window)
         mask_right(acc_S, limits)
+        if cutlass.const_expr(self.has_window):
+            mask_left(acc_S, row_starts(2, first_row, n_block, self.tile_n, window))
 
     @cute.jit
     def _wait_turn(self, wg: Int32) -> None:
@@ -657,5 +716,9 @@ def example_arguments(key: KernelKey) -> tuple:
         lse,
         Float32(1.0),
         Int32(1),
+        Int32(0) if key.window else None,
+        Int32(0) if key.window else None,
+        Float32(1.0) if key.softcap else None,
+        cute.runtime.make_fake_tensor(Float32, (heads,), (1,), assumed_align=4) if key.sink else None,
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
     )
