@@ -1,8 +1,8 @@
 """The SM90 forward kernel on one GPU: numerics gate first, then speed against its peers; JSON, and a table last.
 
     python benchmarks/sm90_forward.py --out benchmarks/results/sm90_forward_h100.json
-    python benchmarks/sm90_forward.py --breadth --head-dims 80 96 192 256 --seqlens 4096 --cases 1200 \\
-        --out benchmarks/results/sm90_forward_breadth_h100.json
+    python benchmarks/sm90_forward.py --breadth --cases 1100 --head-dims 64 80 96 128 192 256 --seqlens 4096 \\
+        --out benchmarks/results/sm90_forward_breadth_h200.json
 
 The second one draws its cases from VARIANTS, too: other head dims, windows, softcap, sink. ``--list-keys`` prints the
 kernels that a bundle must hold to run them where there is no compiler.

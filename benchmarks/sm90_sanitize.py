@@ -1,6 +1,7 @@
 """compute-sanitizer over small cases of every code path of the SM90 forward kernel.
 
     python benchmarks/sm90_sanitize.py --out benchmarks/results/sm90_forward_sanitizer_h100.json
+    python benchmarks/sm90_sanitize.py --breadth --out benchmarks/results/sm90_forward_breadth_sanitizer_h200.json
 
 Runs itself under each tool with torch's caching allocator off, so that every tensor is an allocation of its own. The
 cases: every kernel variant, full and causal, one block and several, ragged and whole tiles, several tiles per CTA (the
