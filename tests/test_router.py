@@ -303,6 +303,13 @@ def test_strided_last_dim():
     left("strides", F.scaled_dot_product_attention, *(x.transpose(2, 3) for x in (q, k, v)))
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_other_layouts(convert):
+    x = [convert(t) for t in qkv()]
+    with fa_sdpa.enable("always"):
+        assert "layout" in {reason.code for reason in fa_sdpa.explain(*x).reasons}
+
+
 @pytest.mark.parametrize("field, code", [("needs_grad", "no_backward"), ("deterministic", "nondeterministic")])
 def test_what_a_kernel_lacks(monkeypatch, field, code):
     """Kernels refuse gradients and deterministic algorithms through the spec; no CPU kernel does."""
@@ -312,7 +319,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
 
     routed = Decision("fa4", (Reason("policy_always", "it can"),))
     monkeypatch.setattr(router, "decide", decide)
-    router.forget_decisions()
+    router._cache.clear()
     q, k, v = qkv(requires_grad=True)
     torch.use_deterministic_algorithms(field == "deterministic")
     try:
@@ -322,7 +329,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
     with fa_sdpa.enable("always"), torch.no_grad():
         F.scaled_dot_product_attention(q, k, v)
     assert routed_calls() == 1
-    router.forget_decisions()
+    router._cache.clear()
 
 
 def test_policies():
