@@ -2,18 +2,19 @@
 
     python benchmarks/sm90_forward.py --out benchmarks/results/sm90_forward_h100.json
 
-Numerics: FlashAttention's rule on random cases, max|out - ref| ≤ 2 · max|pt - ref| + atol, where ref is the math in fp32,
-pt the same math in the inputs' dtype, and atol = 2 · max|ref + 0.3 - 0.3 - ref| in that dtype; lse within 1e-4 (relative
-to its size where that is above 1). Outputs are filled with NaN before each launch, data is fresh in each case. One
-failing case stops the run.
+Numerics: FlashAttention's rule on random cases, max|out - ref| ≤ 2 · max|pt - ref| + atol, where ref is the math in
+fp32, pt the same math in the inputs' dtype, and atol = 2 · max|ref + 0.3 - 0.3 - ref| in that dtype; lse within 1e-4
+(relative to its size where that is above 1). Outputs are filled with NaN before each launch, data is fresh in each
+case. One failing case stops the run.
 
-Speed: bf16, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, heads = 2048 / d. TFLOP/s from 4·B·H·Sq·Sk·D flops,
-halved when causal, and do_bench's median.
+Speed: bf16, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, heads = 2048 / d. TFLOP/s from 4·B·H·Sq·Sk·D
+flops, halved when causal, and do_bench's median.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import random
 import sys
@@ -119,7 +120,9 @@ def base_of(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)), x.stride()
 
 
-def math_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None):
+def math_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) by the textbook, in the dtype of the inputs."""
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
@@ -131,7 +134,7 @@ def math_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, s
 
 
 def check(case: Case) -> dict[str, float]:
-    """Run one case; its errors and bounds. Raises AssertionError with the worst element if a bound is broken."""
+    """Run one case; its errors and bounds. Raises AssertionError with the worst element beyond a bound."""
     query, key, value = inputs(case)
     out, lse = launch.attention_fwd(query, key, value, is_causal=case.is_causal, scale=case.scale)
     ref, ref_lse = math_attention(query.float(), key.float(), value.float(), case.is_causal, case.scale)
@@ -147,8 +150,8 @@ def check(case: Case) -> dict[str, float]:
             at = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
             bad = int((errors > limit).sum())
             raise AssertionError(
-                f"{case}: {name}{list(at)} = {got[at].item():.6g}, reference {want[at].item():.6g}, error {worst:.3g} > "
-                f"bound {limit:.3g}; {bad} of {errors.numel()} elements are beyond it"
+                f"{case}: {name}{list(at)} = {got[at].item():.6g}, reference {want[at].item():.6g}, error {worst:.3g}"
+                f" > bound {limit:.3g}; {bad} of {errors.numel()} elements are beyond it"
             )
     return {"error": error.max().item(), "bound": bound, "error_lse": error_lse.max().item()}
 
@@ -251,7 +254,8 @@ def measure(head_dims: list[int], seqlens: list[int], only: list[str]) -> list[d
                 flops = 4 * batch * heads * seqlen * seqlen * head_dim / (2 if is_causal else 1)
                 cell: dict[str, Any] = {"head_dim": head_dim, "is_causal": is_causal, "seqlen": seqlen}
                 for name, call in calls.items():
-                    ms = do_bench(lambda: call(query, key, value, is_causal), warmup=25, rep=100, return_mode="median")
+                    run = functools.partial(call, query, key, value, is_causal)
+                    ms = do_bench(run, warmup=25, rep=100, return_mode="median")
                     cell[name] = round(flops / ms / 1e9, 1)
                 cells.append(cell)
     return cells

@@ -16,7 +16,7 @@ _NAME = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class KernelKey:
-    """One compiled kernel. Sequence lengths, batch, heads, strides and scale are arguments of the kernel, not of its code.
+    """One compiled kernel. Sizes other than head dims, strides and scale are arguments of the kernel, not of its code.
 
     Raises ValueError for a value that no kernel can have; what one family can run is its ``config``'s business.
     """

@@ -77,9 +77,7 @@ def attention_fwd(
     return out, lse
 
 
-def _make_plan(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, device: int
-) -> _Plan:
+def _make_plan(dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, device: int) -> _Plan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")

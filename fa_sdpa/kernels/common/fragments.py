@@ -22,7 +22,7 @@ def rows_by_columns(acc: cute.Tensor) -> cute.Tensor:
 
 
 def as_operand_a(acc: cute.Tensor) -> cute.Tensor:
-    """((2, 2, n/8), mma_m, mma_n) accumulator seen as the ((2, 2, 2), mma_m, n/16 · mma_n) A operand of the next MMA."""
+    """((2, 2, n/8), mma_m, mma_n) accumulator seen as the next MMA's ((2, 2, 2), mma_m, n/16 · mma_n) A operand."""
     split = cute.logical_divide(acc.layout, ((None, None, 2), None, None))
     (shape_j, shape_i, (shape_2, shape_v)), mma_m, mma_n = split.shape
     (stride_j, stride_i, (stride_2, stride_v)), stride_m, stride_n = split.stride

@@ -2,7 +2,8 @@
 
 Three orders, each chosen for balance between CTAs and for what the CTAs of one wave share in L2:
 
-    all tiles cost the same   tile step · g + c; the query blocks of a head are neighbours, so a wave shares few heads' K, V
+    all tiles cost the same   tile step · g + c; the query blocks of a head are neighbours, so that a wave shares the K
+                              and V of few heads
     longest first (causal)    the last query block of every head, then the one before, …; every second wave is dealt out
                               in reverse, so that no CTA always gets the dearer tile. A wave touches every head's K, V:
                               right while those fit in L2, or are few enough for several CTAs to read each together
@@ -61,7 +62,7 @@ def find_tile(
         if tiles.paired:
             pairs = (blocks + 1) // 2
             unit = step // 2 * num_ctas + cta
-            if step % 2 == 1 and unit % pairs * 2 == blocks - 1:  # the middle one of an odd number is its own mirror image
+            if step % 2 == 1 and unit % pairs * 2 == blocks - 1:  # the middle block is its own mirror image
                 step += 1
                 unit += num_ctas
             m_block = blocks - 1 - unit % pairs if step % 2 == 0 else unit % pairs

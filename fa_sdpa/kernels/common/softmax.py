@@ -32,11 +32,11 @@ def softmax_step(
     acc_S: cute.Tensor,  # scores of one block, replaced by exp2(s·c - m·c)
     row_max: cute.Tensor,  # (rows of this thread,), whole rows
     block_sum: cute.Tensor,  # (rows of this thread,), out: sums of this thread's new weights
-    growth: cute.Tensor,  # (rows of this thread,), out: old m minus new m, ≤ 0
+    growth: cute.Tensor,  # (rows of this thread,), out: old m minus new m, ≤ 0; unused if is_first
     scale_log2: Float32,
     is_first: cutlass.Constexpr[bool],
 ) -> Boolean:
-    """Weights of one block; True (the same in all lanes) if some row's ``m`` changed, so that l and O must be rescaled."""
+    """Weights of one block; True (the same in all lanes) if some row's ``m`` changed: l and O must be rescaled."""
     scores = rows_by_columns(acc_S)
     grew = Boolean(False)
     for r in cutlass.range_constexpr(cute.size(row_max)):
@@ -50,27 +50,22 @@ def softmax_step(
             row_max[r] = before if lags else maximum
             growth[r] = before - _finite(row_max[r])
             grew = grew | (not lags)
-        weights = cute.math.exp2(
-            scores[r, None].load() * scale_log2 - _finite(row_max[r]) * scale_log2, fastmath=True
-        )
+        weights = cute.math.exp2(scores[r, None].load() * scale_log2 - _finite(row_max[r]) * scale_log2, fastmath=True)
         block_sum[r] = row_total(weights, Float32(0.0))
         scores[r, None].store(weights)
     return grew if cutlass.const_expr(is_first) else cute.arch.vote_any_sync(grew)
 
 
 @cute.jit
-def rescale(
-    acc_O: cute.Tensor,
+def rescale_sums(
     row_sum: cute.Tensor,  # (rows of this thread,)
-    growth: cute.Tensor,  # (rows of this thread,), of softmax_step
+    growth: cute.Tensor,  # (rows of this thread,), of softmax_step; replaced by the factors that O needs as well
     scale_log2: Float32,
 ) -> None:
-    """Bring O and l to the new ``m``, in place."""
-    factors = cute.make_rmem_tensor(cute.size(row_sum), Float32)
+    """Bring l to the new ``m``, in place."""
     for r in cutlass.range_constexpr(cute.size(row_sum)):
-        factors[r] = cute.math.exp2(growth[r] * scale_log2, fastmath=True)
-        row_sum[r] = row_sum[r] * factors[r]
-    scale_rows(acc_O, factors)
+        growth[r] = cute.math.exp2(growth[r] * scale_log2, fastmath=True)
+        row_sum[r] = row_sum[r] * growth[r]
 
 
 @cute.jit

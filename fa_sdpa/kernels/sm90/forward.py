@@ -11,26 +11,26 @@ Roles (one CTA per SM, w = tile_m / 64 MMA warpgroups):
     warpgroups 1…w   64 query rows each: both WGMMAs, softmax, and their rows' TMA store
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    q   1 stage       TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ
+    q   2 stages      TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ
     k   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after Q Kᵀ of the block
     v   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after P V of the block
 
 Named barriers:
-    TURN + i      MMA warpgroup i may issue its WGMMAs: i waits (128), its predecessor arrives (128). The warpgroups thus
-                  take turns on the tensor cores, and one's softmax runs under the other's WGMMAs.
+    TURN + i      MMA warpgroup i may issue its WGMMAs: i waits (128), its predecessor arrives (128). The warpgroups
+                  thus take turns on the tensor cores, and one's softmax runs under the others' WGMMAs.
     STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory
 
-Timeline of one MMA warpgroup, n blocks (S_i, P_i, V_i belong to the i-th visited block; ‖ runs at the same time):
-    S_0 = Q K_0ᵀ                             softmax(S_0) → P_0
-    i = 1 … n-1:  S_i = Q K_iᵀ,  O += P_{i-1} V_{i-1}  ‖  softmax(S_i)      → P_i, O rescaled if its maximum grew
-    O += P_{n-1} V_{n-1}                     O / l → shared memory → TMA store  ‖  the next tile's loads and S_0
+Timeline of one MMA warpgroup, n blocks a tile (‖: at the same time; ' marks the next tile):
+    once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
+    i = 1 … n-1   S_i = Q K_iᵀ,  O += P_{i-1} V_{i-1}    ‖  softmax(S_i) → P_i; O rescaled if its maximum grew
+    boundary      S_0' = Q' K_0'ᵀ,  O += P_{n-1} V_{n-1}  ‖  softmax(S_0'); O / l → shared memory → TMA store; → P_0'
 
-The grid is persistent (common/scheduler.py): Q of the next tile is loaded while the epilogue of this one runs, and O has
-shared memory of its own, so that its store is waited for one tile later. Rows beyond seqlen_q are loaded as zeros and
-clipped by the TMA store; keys beyond seqlen_k are loaded as zeros and masked.
+So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
+the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Rows
+beyond seqlen_q are loaded as zeros and clipped by the TMA store; keys beyond seqlen_k are loaded as zeros and masked.
 
 Constraints: 16-bit Q, K, V; head_dim == head_dim_v, a multiple of 64; contiguous last dimension, other strides and base
-pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. tile sizes: see sm90/config.py.
+pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. Tile sizes: sm90/config.py.
 """
 
 from typing import NamedTuple
@@ -180,25 +180,21 @@ class Forward:
             self._smem_layout(64, self.mma_warpgroups),
         )
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-        atoms, tensors = zip(
-            *(
-                cpasync.make_tiled_tma_atom(
-                    op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, self.head_dim)
-                )
-                for op, tensor, layout, rows in (
-                    (load, mQ, layouts[0], self.tile_m),
-                    (load, mK, layouts[1], self.tile_n),
-                    (load, mV, layouts[2], self.tile_n),
-                    (store, mO, layouts[3], 64),
-                )
+        copies = [
+            cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, self.head_dim))
+            for op, tensor, layout, rows in (
+                (load, mQ, layouts[0], self.tile_m),
+                (load, mK, layouts[1], self.tile_n),
+                (load, mV, layouts[2], self.tile_n),
+                (store, mO, layouts[3], 64),
             )
-        )
+        ]
         mma_qk, mma_pv = self._tiled_mmas()
         paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], 2 * self.head_dim * self.dtype.width // 8)
         tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0], paired)
         self.kernel(
-            Atoms(*atoms),
-            Gmem(*tensors),
+            Atoms(*(atom for atom, _ in copies)),
+            Gmem(*(tensor for _, tensor in copies)),
             mLSE,
             softmax_scale_log2,
             mma_qk,
@@ -399,8 +395,9 @@ class Forward:
             pipelines.q.consumer_release(q_state)
             q_state.advance()
 
-            # The last P V of this tile together with the first Q Kᵀ of the next one. After the last tile that multiplies
-            # what the stages still hold, and nothing reads the result: a branch around WGMMAs makes ptxas serialise all.
+            # The last P V of this tile together with the first Q Kᵀ of the next one. After the last tile that
+            # multiplies what the stages still hold and nothing reads the result: a branch around it would make ptxas
+            # serialise every WGMMA of the kernel.
             mLSE_done = mLSE[batch, head, None]
             gO = cute.local_tile(gmem.o[None, None, head, batch], (64, self.head_dim), (None, 0))
             row_block = m_block * self.mma_warpgroups + wg
@@ -485,16 +482,22 @@ class Forward:
         v_state: pipeline.PipelineState,
         softmax_scale_log2: Float32,
     ) -> None:
-        """Softmax of S while P V runs, then the new P. O is rescaled only if a maximum grew; that branch also keeps ptxas
-        from moving the wait for P V up, in front of the softmax."""
+        """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
+
+        Within a basic block ptxas would put the wait for P V in front of the softmax, and l may be rescaled without a
+        branch. Waiting for V, which is there already, makes it one that ptxas cannot remove. The wait for P V itself
+        must stay outside: the warps of a warpgroup have to execute it together, and they differ in what grew.
+        """
         grew = softmax.softmax_step(
             acc_S, regs.row_max, regs.block_sum, regs.growth, softmax_scale_log2, is_first=False
         )
         if grew:
-            warpgroup.wait_group(0)
-            softmax.rescale(regs.acc_O, regs.row_sum, regs.growth, softmax_scale_log2)
+            pipelines.v.consumer_wait(v_state)
+            softmax.rescale_sums(regs.row_sum, regs.growth, softmax_scale_log2)
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(v_state)
+        if grew:
+            fragments.scale_rows(regs.acc_O, regs.growth)
         regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
         self._round(acc_S, regs.tOrP)
 
@@ -574,7 +577,7 @@ class Forward:
         tidx: Int32,
         wg: Int32,
     ) -> None:
-        """Round O, write it to this warpgroup's shared memory once its last store has read that, and store it by TMA."""
+        """Round O, write it to this warpgroup's shared memory once its last store has read that; store it by TMA."""
         rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
         is_storing_warp = tidx // 32 % 4 == 0
