@@ -188,7 +188,7 @@ class Override:
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Warning only once for all operators|Overriding a previously)")
-            self._library.impl(OP, self._kernel, "CompositeImplicitAutograd")
+            self._library.impl(OP, self._kernel, "CompositeImplicitAutograd", allow_override=True)
         self._in_use = torch.library.get_kernel(OP, "Undefined")
 
     def uninstall(self) -> None:

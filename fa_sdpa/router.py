@@ -39,6 +39,7 @@ class Circumstances(NamedTuple):
     in_trace: bool = False  # jit.trace, make_fx or export is recording
     one_device: bool = True
     one_dtype: bool = True
+    strided: bool = True  # not sparse, not mkldnn
     rows_contiguous: bool = True
 
 
@@ -154,6 +155,7 @@ def _fields(
 
 
 def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
+    strided = query.layout is key.layout is value.layout is torch.strided
     return Circumstances(
         private.sdp_flags(),
         private.transform_active(),
@@ -161,7 +163,8 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
         private.tracing(),
         query.device == key.device == value.device,
         query.dtype == key.dtype == value.dtype,
-        all(x.layout is torch.strided and x.stride(-1) == 1 for x in (query, key, value)),
+        strided,
+        strided and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1,
     )
 
 
@@ -174,11 +177,6 @@ def _remember(fields: tuple[Any, ...]) -> Tally:
         _cache.clear()
     _cache[fields] = counted
     return counted
-
-
-def forget_decisions() -> None:
-    """Decide anew. For whoever changes what a policy's decisions depend on, which no token tells: a table's file."""
-    _cache.clear()
 
 
 def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
@@ -269,6 +267,8 @@ def _against_circumstances(now: Circumstances) -> list[Reason]:
         reasons.append(Reason("devices", "query, key and value are not on one device"))
     if not now.one_dtype:
         reasons.append(Reason("dtypes", "query, key and value are not of one dtype"))
+    if not now.strided:
+        reasons.append(Reason("layout", "query, key or value is sparse or of another layout without strides"))
     return reasons
 
 

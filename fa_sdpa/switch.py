@@ -250,7 +250,7 @@ class _Installation:
 
     def _drop_user(self) -> None:
         self._users -= 1
-        if threading.active_count() == 1:
+        if _alone():
             self._uninstall_if_idle()
 
     def _install(self) -> None:
@@ -281,6 +281,11 @@ class _Installation:
     def _drop_handlers_if_idle(self) -> None:
         if self._handlers.installed and not (self._keep_handlers or self._installed or self._traces):
             self._handlers.uninstall()
+
+
+def _alone() -> bool:
+    """Whether no other thread of Python's can be inside an SDPA call."""
+    return threading.active_count() == 1
 
 
 _installation = _Installation()

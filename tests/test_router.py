@@ -303,6 +303,13 @@ def test_strided_last_dim():
     left("strides", F.scaled_dot_product_attention, *(x.transpose(2, 3) for x in (q, k, v)))
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.to_mkldnn])
+def test_other_layouts(convert):
+    x = [convert(t) for t in qkv()]
+    with fa_sdpa.enable("always"):
+        assert "layout" in {reason.code for reason in fa_sdpa.explain(*x).reasons}
+
+
 @pytest.mark.parametrize("field, code", [("needs_grad", "no_backward"), ("deterministic", "nondeterministic")])
 def test_what_a_kernel_lacks(monkeypatch, field, code):
     """Kernels refuse gradients and deterministic algorithms through the spec; no CPU kernel does."""
@@ -312,7 +319,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
 
     routed = Decision("fa4", (Reason("policy_always", "it can"),))
     monkeypatch.setattr(router, "decide", decide)
-    router.forget_decisions()
+    router._cache.clear()
     q, k, v = qkv(requires_grad=True)
     torch.use_deterministic_algorithms(field == "deterministic")
     try:
@@ -322,7 +329,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
     with fa_sdpa.enable("always"), torch.no_grad():
         F.scaled_dot_product_attention(q, k, v)
     assert routed_calls() == 1
-    router.forget_decisions()
+    router._cache.clear()
 
 
 def test_policies():
@@ -390,6 +397,12 @@ def test_most_bad_input_is_an_error():
 # ---- on and off ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """The process has no other thread, as far as the router knows: tqdm and Inductor leave some behind."""
+    monkeypatch.setattr(switch, "_alone", lambda: True)
+
+
 def torch_state():
     """What the router changes in torch while it is on."""
     from torch._dynamo.variables.torch import TorchInGraphFunctionVariable
@@ -416,7 +429,7 @@ def test_disable_restores_torch():
     assert torch_state() == before
 
 
-def test_a_block_restores_all_but_dynamos_handlers():
+def test_a_block_restores_all_but_dynamos_handlers(alone):
     before = torch_state()
     with fa_sdpa.enable():
         pass
@@ -468,12 +481,13 @@ def test_one_block_entered_twice():
     assert not fa_sdpa.is_enabled()
 
 
-def test_block_left_by_an_exception():
+def test_block_left_by_an_exception(alone):
     before = torch_state()
     with pytest.raises(ZeroDivisionError), fa_sdpa.enable("always"):
         F.scaled_dot_product_attention(*qkv())
         raise ZeroDivisionError
     assert not fa_sdpa.is_enabled()
+    assert torch_state()[:2] == before[:2]
     fa_sdpa.disable()
     assert torch_state() == before
 
@@ -522,7 +536,7 @@ def test_bad_policy():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("forward, backward", [("on", "off"), ("off", "on"), ("off", "process"), ("process", "off")])
-def test_checkpoint_recomputes_as_its_forward_ran(reentrant, forward, backward):
+def test_checkpoint_recomputes_as_its_forward_ran(alone, reentrant, forward, backward):
     def state(name):
         if name == "process":
             return contextlib.ExitStack()

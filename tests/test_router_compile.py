@@ -1,6 +1,5 @@
 """The router under torch.compile: what the graph holds, that nothing goes stale, blocks inside compiled code."""
 
-import os
 import threading
 
 import expecttest
@@ -561,6 +560,12 @@ def test_graph_of_an_unrouted_call_is_plain_torchs():
     assert code(x) == plain
 
 
+def test_the_compilers_own_calls_are_not_counted():
+    with fa_sdpa.enable("never"):
+        torch.compile(attend, backend="aot_eager", fullgraph=True)(*qkv(requires_grad=True))
+    assert fa_sdpa.stats() == ((0, 0, {}), (0, 1, {"policy_never": 1}))
+
+
 def test_strict_export():
     class Model(nn.Module):
         def forward(self, q, k, v):
@@ -594,20 +599,11 @@ def test_bad_arguments_get_torchs_own_answer(options):
         assert answer(*x) == expected
 
 
-def test_caching_precompile_is_bypassed(tmp_path):
-    """A package that Dynamo saves would lose the guards on our state, so none is saved."""
-    if not hasattr(torch._dynamo.config, "caching_precompile"):
-        pytest.skip("this torch has no caching_precompile")
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
-    try:
-        with torch._dynamo.config.patch(caching_precompile=True):
-            graphs = Graphs("eager")
-            compiled = torch.compile(attend, fullgraph=True)
-            x = qkv()
-            with fa_sdpa.enable("always"):
-                compiled(*x)
-            compiled(*x)
-        assert fa_sdpa.stats().compiled.routed == 1
-        del graphs
-    finally:
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+def test_no_package_is_saved_of_a_graph_with_our_guards(monkeypatch):
+    """TORCH_CACHING_PRECOMPILE=1 would save it, and load it without them."""
+    reasons = []
+    output_graph = torch._dynamo.output_graph.OutputGraph
+    monkeypatch.setattr(output_graph, "bypass_package", lambda self, reason="", **kwargs: reasons.append(reason))
+    with fa_sdpa.enable("always"):
+        torch.compile(attend, backend="eager", fullgraph=True)(*qkv())
+    assert any("fa_sdpa" in reason for reason in reasons)
