@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
         "device": _attempt(torch.cuda.get_device_name) if cuda else "cpu",
         "arch": _attempt(lambda: "sm_{}{}".format(*torch.cuda.get_device_capability())) if cuda else None,
         "driver": _driver_version(),
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
