@@ -27,7 +27,6 @@ from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
 _fa4 = torch.ops.fa4.attention_fwd.default
-_PLAIN = (Tensor, Tensor, Tensor)
 
 
 class Circumstances(NamedTuple):

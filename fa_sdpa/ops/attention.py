@@ -177,11 +177,19 @@ def _admit(
     _admitted.add(facts)
 
 
-@torch.library.impl(_lib, "attention_fwd", "CPU")
-def _fwd_cpu(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-    options = _options(**kwargs)
-    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
-    return cpu.attention_fwd(query, key, value, sink, options)
+def _forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A device's implementation of attention_fwd around what computes it."""
+
+    def impl(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+        options = _options(**kwargs)
+        _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
+        return run(query, key, value, sink, options)
+
+    return impl
+
+
+_lib.impl("attention_fwd", _forward(cpu.attention_fwd), "CPU")
+_lib.impl("attention_fwd", _forward(launch.attention_fwd), "CUDA")
 
 
 @torch.library.impl(_lib, "attention_bwd", "CPU")
@@ -189,13 +197,6 @@ def _bwd_cpu(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-un
     options = _options(**kwargs)
     _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
     return cpu.attention_bwd(dout, query, key, value, out, lse, options)
-
-
-@torch.library.impl(_lib, "attention_fwd", "CUDA")
-def _fwd_cuda(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-    options = _options(**kwargs)
-    _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
-    return launch.attention_fwd(query, key, value, sink, options)
 
 
 @torch.library.impl(_lib, "attention_bwd", "CUDA")
