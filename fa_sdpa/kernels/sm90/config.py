@@ -96,6 +96,94 @@ class ForwardConfig:
         return 2 * (q + k_v + o) + BARRIER_BYTES
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Tile of the backward kernel, which has two MMA warpgroups. Raises ValueError if it cannot be built.
+
+    With ``tile_n`` 128 each warpgroup has 64 keys, all columns of dK and dV for them, and P and dS stay in its
+    registers. With 64 both have all keys, each half of the columns and half of the queries of S and dP; that serves the
+    head dims at which dK and dV of 64 keys are too many registers for one warpgroup.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    tile_m: int  # query rows per block
+    tile_n: int  # keys of a CTA
+    stages: int  # Q and dO blocks in flight
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
+                raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
+        if self.tile_n not in (64, 128):
+            raise ValueError(f"{self.tile_n=} must be 64 or 128")
+        if self.tile_m not in (64, 128):
+            raise ValueError(f"{self.tile_m=} must be 64 or 128")
+        if self.stages != 2:
+            raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
+        if self.smem_bytes > SMEM_PER_BLOCK:
+            raise ValueError(f"{self.smem_bytes=} must be at most {SMEM_PER_BLOCK}")
+
+    @property
+    def mma_warpgroups(self) -> int:
+        return 2
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of an MMA warpgroup and of the producer after reallocation (64 K per SM)."""
+        return 240, 24
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether each MMA warpgroup has keys of its own."""
+        return self.tile_n == 64 * self.mma_warpgroups
+
+    @property
+    def head_dim_mma(self) -> int:
+        """Depth of Q Kᵀ, and columns of dK where the warpgroups do not share them."""
+        return _round_up(self.head_dim, 16)
+
+    @property
+    def head_dim_v_mma(self) -> int:
+        """Depth of dO Vᵀ, and columns of dV where the warpgroups do not share them."""
+        return _round_up(self.head_dim_v, 16)
+
+    @property
+    def head_dim_smem(self) -> int:
+        """Columns of Q and K in shared memory: whole 128-byte rows. TMA fills in zeros."""
+        return _round_up(self.head_dim, 64)
+
+    @property
+    def head_dim_v_smem(self) -> int:
+        """Columns of V and dO in shared memory, as ``head_dim_smem``."""
+        return _round_up(self.head_dim_v, 64)
+
+    @property
+    def dq_by_rows(self) -> bool:
+        """Whether each MMA warpgroup computes dQ of 64 rows, or half of the columns of all."""
+        return self.tile_m == 64 * self.mma_warpgroups
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of dQ that are multiplied."""
+        return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
+
+    @property
+    def scratch_per_block(self) -> int:
+        """fp32 elements of scratch memory for each block of tile_m query rows: lse and δ, and the sums of dQ."""
+        return 2 * self.tile_m + self.tile_m * self.dq_columns
+
+    @property
+    def smem_bytes(self) -> int:
+        """16-bit K and V; in every stage 16-bit Q, dO, dS and, where keys are shared, P; fp32 lse and δ."""
+        width = self.head_dim_smem + self.head_dim_v_smem
+        scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
+        return 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores)) + (
+            8 * self.tile_m * self.stages + BARRIER_BYTES
+        )
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -160,6 +248,44 @@ def forward_key(
     )
 
 
+@functools.cache
+def backward_config(head_dim: int, head_dim_v: int) -> BackwardConfig:
+    """Tile for a pair of head dims; ValueError for head dims that no kernel has.
+
+    dK and dV of 64 keys take (head_dim + head_dim_v) / 2 registers of a thread, S, dP and dQ of 64 queries 32 each.
+    """
+    if _round_up(head_dim, 16) + _round_up(head_dim_v, 16) > 256:
+        return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
+    return BackwardConfig(head_dim, head_dim_v, 128 if max(head_dim, head_dim_v) <= 64 else 64, 128, 2)
+
+
+@functools.cache
+def backward_key(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    *,
+    window: bool = False,
+    softcap: bool = False,
+) -> KernelKey:
+    """Key of the backward kernel for what decides its code."""
+    config = backward_config(head_dim, head_dim_v)
+    return KernelKey(
+        "backward",
+        ARCH,
+        DTYPE_NAMES[dtype],
+        head_dim,
+        head_dim_v,
+        is_causal,
+        config.tile_m,
+        config.tile_n,
+        config.stages,
+        window,
+        softcap,
+    )
+
+
 def all_keys() -> tuple[KernelKey, ...]:
     """The plain kernels of the most common head dims. Those of other head dims, and with a window, softcap or sink, are
     compiled when they are needed."""
@@ -188,8 +314,8 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
     if not math.isfinite(spec.softcap):
         reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
-    if spec.needs_grad:
-        reasons.append(Reason("no_backward", "gradients are needed and there is no backward kernel"))
+    if spec.needs_grad and spec.deterministic:
+        reasons.append(Reason("nondeterministic", "dq is added up in no fixed order, and deterministic mode is on"))
     if not spec.last_dim_contiguous:
         reasons.append(Reason("strides", "query, key and value must be contiguous in their last dimension"))
     smem = target.smem_per_block

@@ -1,0 +1,764 @@
+"""Attention backward for Hopper.
+
+For each query row i and each key j that it sees, with c = softmax_scale · log2(e) and s_ij = q_i · k_j:
+
+    p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
+    dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
+
+Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page, `finish`
+rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch memory).
+
+A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
+the query blocks of tile_m rows that see it pass by, of every query head of the group. So GQA needs no sums of dK and
+dV in memory. dQ is added to fp32 sums in global memory, 16 bytes a lane straight from registers: through shared memory
+(and a bulk reduction) the same bytes would cross it twice more, and shared memory's bandwidth is what this kernel runs
+into first.
+
+Roles (persistent CTAs, one per SM):
+    warpgroup 0      producer; its warp 0 issues all TMA loads, the other three warps idle
+    warpgroups 1, 2  five WGMMAs, softmax, dQ's additions, their part of dK and dV
+
+Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
+    64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
+                     for dQ, of which each warpgroup has 64 rows, or half of the columns
+    shared keys      head dims whose dK and dV are too many registers: each warpgroup has all 64 keys, half of the
+                     queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
+
+Pipelines (full/empty mbarrier pairs; "producer → consumer"):
+    k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
+    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
+    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
+
+Named barriers, of the 256 threads of both MMA warpgroups:
+    DS        dS of this block is in shared memory. It has two stages: whoever writes block i + 2 has passed the barrier
+              of block i + 1, to which the other came after its dQ of block i was done
+    P         the same for P, where keys are shared
+
+Timeline of one MMA warpgroup, block i of a tile (‖: at the same time):
+    wait for S_i: it must be done before anything else is issued, or ptxas, which does not count the groups in flight
+    across the loop's end, serialises all WGMMAs
+    dP_i = V dO_iᵀ            ‖  P_i = 2^(…), rounded
+    dV += P_i dO_i            ‖  dS_i = P_i ∘ (dP_i - δ_i), rounded, to shared memory
+    dK += dS_i Q_i            ‖  barrier DS
+    dQ_i = dS_i K
+    S_{i+1} = K Q_{i+1}ᵀ      ‖  dQ_i is added to its sums; q and do of block i are released
+
+After a tile's last block S is a product of whatever Q's next stage holds, which nothing reads: a branch around a WGMMA
+makes ptxas serialise them all.
+
+Masks: rows beyond seqlen_q have lse = +inf, so that p = 0. The blocks that need a mask, on the causal diagonal, at a
+window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own.
+
+Static options of a key, whose values are arguments (Scoring):
+    window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
+    softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
+A sink is part of lse and needs nothing here.
+
+Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other
+strides and base pointers multiples of 16 bytes (0 included); seqlen_q, seqlen_k ≥ 1; scale > 0. Tiles: sm90/config.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, pipeline
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.utils import SmemAllocator
+
+from ..common import fragments, softmax
+from ..common.atomics import add_fragment
+from ..common.blocks import Window, query_blocks
+from ..common.mask import mask_left, mask_right
+from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
+from ..key import KernelKey
+from .backward_rows import THREADS, Scratch, finish, prepare, split_scratch
+from .config import BackwardConfig
+from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
+
+WARPGROUP = 128  # threads
+MMA_THREADS = 2 * WARPGROUP
+DS, P = 1, 2  # named barriers; barrier 0 is the CTA's
+HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
+DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+
+
+class Pipelines(NamedTuple):
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+
+
+class Smem(NamedTuple):
+    """Tiles in shared memory, all swizzled but the statistics."""
+
+    k: cute.Tensor  # (tile_n, width, 1)
+    v: cute.Tensor  # (tile_n, width_v, 1)
+    q: cute.Tensor  # (tile_m, width, stages)
+    do: cute.Tensor  # (tile_m, width_v, stages)
+    ds: cute.Tensor  # (tile_m, tile_n, stages)
+    p: cute.Tensor | None  # (tile_m, tile_n, stages) where keys are shared
+    statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
+
+
+class Layouts(NamedTuple):
+    k: cute.ComposedLayout
+    v: cute.ComposedLayout
+    q: cute.ComposedLayout
+    do: cute.ComposedLayout
+    scores: cute.ComposedLayout
+
+
+class Gmem(NamedTuple):
+    """TMA coordinate tensors, and dK and dV as pairs of values."""
+
+    k: cute.Tensor  # (s_k, d, h_kv, b)
+    v: cute.Tensor  # (s_k, dv, h_kv, b)
+    q: cute.Tensor  # (s_q, d, h, b)
+    do: cute.Tensor  # (s_q, dv, h, b)
+    dk: cute.Tensor  # (s_k, d / 2, h_kv, b) Int32
+    dv: cute.Tensor  # (s_k, dv / 2, h_kv, b) Int32
+
+
+class Atoms(NamedTuple):
+    """TMA loads of one tile each."""
+
+    k: cute.CopyAtom
+    v: cute.CopyAtom
+    q: cute.CopyAtom
+    do: cute.CopyAtom
+
+
+class Mmas(NamedTuple):
+    sdp: cute.TiledMma  # (tile_n, tile_m): S and dP, transposed
+    dk: cute.TiledMma  # (tile_n, columns of dK)
+    dv: cute.TiledMma  # (tile_n, columns of dV)
+    dq: cute.TiledMma  # (tile_m, columns of dQ)
+
+
+class Scoring(NamedTuple):
+    """From Q Kᵀ to P and dS: what is None is not in this kernel."""
+
+    softmax_scale: Float32
+    scale_log2: Float32  # c
+    window: Window | None
+    cap_factor: Float32 | None  # 2 · log2(e) · softmax_scale / cap
+
+
+class Operands(NamedTuple):
+    """What one MMA warpgroup multiplies with and into; descriptors, but for registers where it says so."""
+
+    tSrK: cute.Tensor
+    tSrQ: cute.Tensor
+    tPrV: cute.Tensor
+    tPrdO: cute.Tensor
+    tVrP: cute.Tensor  # registers, or shared P
+    tVrdO: cute.Tensor
+    tKrdS: cute.Tensor  # registers, or shared dS
+    tKrQ: cute.Tensor
+    tQrdS: cute.Tensor
+    tQrK: cute.Tensor
+    rP: cute.Tensor  # registers of P in 16 bit, laid out as acc_S
+    rdS: cute.Tensor  # registers of dS in 16 bit, likewise
+    acc_S: cute.Tensor  # registers, fp32; so are the next two
+    acc_dK: cute.Tensor
+    acc_dV: cute.Tensor
+
+
+class Place(NamedTuple):
+    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+
+    tidx: Int32  # of the MMA threads
+    wg: Int32
+    row: Int32  # of the tile's keys
+    column: Int32  # of the block's queries: its warpgroup's first
+
+
+class Context(NamedTuple):
+    """What stays the same over all blocks of all tiles."""
+
+    mmas: Mmas
+    regs: Operands
+    smem: Smem
+    pipelines: Pipelines
+    scoring: Scoring
+    place: Place
+
+
+class Backward:
+    """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
+
+    def __init__(self, key: KernelKey):
+        config = BackwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+        self.dtype = DTYPES[key.dtype]
+        self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
+        self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
+        self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
+        self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
+        self.dq_columns = config.dq_columns
+        self.dk_columns = self.head_dim if self.splits_keys else self.width
+        self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
+        self.is_causal, self.has_window = key.is_causal, key.window
+        self.mma_registers, self.producer_registers = config.registers
+
+    def _layouts(self) -> Layouts:
+        half = 1 if self.splits_keys else 2  # of the columns are multiplied together
+        dq = self.width if self.dq_by_rows else self.width // 2
+        unit, unit_v = self.width // half, self.width_v // half
+        return Layouts(
+            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
+            v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
+            q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
+            do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
+            scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
+        )
+
+    def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
+        """Multiplications into so many columns of dK, dV and dQ of both warpgroups."""
+        by_rows, by_columns = (2, 1), (1, 2)
+        if self.splits_keys:
+            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_rows, self.tile_m)
+            dk, dv = (
+                tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), by_rows, columns, a_in_registers=True)
+                for columns in (dk_columns, dv_columns)
+            )
+        else:
+            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_columns, self.tile_m // 2)
+            dk, dv = (
+                tiled_mma(self.dtype, (MN_MAJOR, MN_MAJOR), by_columns, columns // 2)
+                for columns in (dk_columns, dv_columns)
+            )
+        dq = tiled_mma(
+            self.dtype,
+            (K_MAJOR, MN_MAJOR),
+            by_rows if self.dq_by_rows else by_columns,
+            dq_columns if self.dq_by_rows else dq_columns // 2,
+        )
+        return Mmas(sdp, dk, dv, dq)
+
+    def _shared_storage(self, layouts: Layouts) -> type:
+        def buffer(layout: cute.ComposedLayout | None) -> type:
+            elements = 0 if layout is None else cute.cosize(layout)
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
+
+        @cute.struct
+        class SharedStorage:
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
+            sK: buffer(layouts.k)  # type: ignore[valid-type]
+            sV: buffer(layouts.v)  # type: ignore[valid-type]
+            sQ: buffer(layouts.q)  # type: ignore[valid-type]
+            sdO: buffer(layouts.do)  # type: ignore[valid-type]
+            sdS: buffer(layouts.scores)  # type: ignore[valid-type]
+            sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
+
+        return SharedStorage
+
+    @cute.jit
+    def __call__(
+        self,
+        mdO: cute.Tensor,  # (b, h, s_q, dv)
+        mQ: cute.Tensor,  # (b, h, s_q, d)
+        mK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mO: cute.Tensor,  # (b, h, s_q, dv)
+        mLSE: cute.Tensor,  # (b, h, s_q) fp32
+        mdQ: cute.Tensor,  # (b, h, s_q, d)
+        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mScratch: cute.Tensor,  # fp32, BackwardConfig.scratch_per_block for each block of query rows of a head
+        softmax_scale: Float32,
+        softmax_scale_log2: Float32,  # c of Scoring
+        num_sms: Int32,
+        window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
+        window_right: Int32 | None,
+        cap_factor: Float32 | None,  # see Scoring
+        stream,
+    ):
+        def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
+            return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
+
+        layouts = self._layouts()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        copies = [
+            cpasync.make_tiled_tma_atom(load, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
+            for tensor, layout, rows, width in (
+                (mK, layouts.k, self.tile_n, self.width),
+                (mV, layouts.v, self.tile_n, self.width_v),
+                (mQ, layouts.q, self.tile_m, self.width),
+                (mdO, layouts.do, self.tile_m, self.width_v),
+            )
+        ]
+        pairs = (cute.recast_tensor(s_d_h_b(tensor), Int32) for tensor in (mdK, mdV))
+        mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
+        batch, heads, seqlen_q, _ = mQ.shape
+        blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
+        values = self.tile_m * self.dq_columns // MMA_THREADS
+        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, MMA_THREADS, values)
+        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
+            grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+
+        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
+        bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
+        paired = spills_l2(batch * heads, seqlen_q, bytes_per_query)
+        tiles = Tiles(cute.ceil_div(mK.shape[2], self.tile_n), mK.shape[1], batch, paired)
+        self.kernel(
+            Atoms(*(atom for atom, _ in copies)),
+            Gmem(*(tensor for _, tensor in copies), *pairs),
+            scratch,
+            Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
+            mmas,
+            layouts,
+            tiles,
+            heads // mK.shape[1],
+        ).launch(
+            grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
+            block=[WARPGROUP + MMA_THREADS, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+        )
+
+        unit = self.dq_columns if self.dq_by_rows else self.dq_columns // 2
+        sdQ_layout = smem_layout(self.dtype, self.tile_m, self.dq_columns, 1, unit)
+        store_atom, mdQ_tma = cpasync.make_tiled_tma_atom(
+            store, s_d_h_b(mdQ), cute.select(sdQ_layout, mode=[0, 1]), (self.tile_m, self.dq_columns)
+        )
+        finish(
+            scratch,
+            store_atom,
+            mdQ_tma,
+            sdQ_layout,
+            mmas.dq,
+            softmax_scale,
+            self.dtype,
+            self.tile_m,
+            self.dq_columns,
+        ).launch(grid=[blocks, 1, 1], block=[MMA_THREADS, 1, 1], stream=stream)
+
+    @cute.kernel
+    def kernel(
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        scratch: Scratch,
+        scoring: Scoring,
+        mmas: Mmas,
+        layouts: Layouts,
+        tiles: Tiles,
+        qhead_per_kvhead: Int32,
+    ):
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for atom in atoms:
+                cpasync.prefetch_descriptor(atom)
+        storage = SmemAllocator().allocate(self._shared_storage(layouts))
+        statistics = cute.make_layout((2 * self.tile_m, self.stages))
+        smem = Smem(
+            *(
+                buffer.get_tensor(layout.outer, swizzle=layout.inner)
+                for buffer, layout in (
+                    (storage.sK, layouts.k),
+                    (storage.sV, layouts.v),
+                    (storage.sQ, layouts.q),
+                    (storage.sdO, layouts.do),
+                    (storage.sdS, layouts.scores),
+                )
+            ),
+            None if self.splits_keys else storage.sP.get_tensor(layouts.scores.outer, swizzle=layouts.scores.inner),
+            storage.statistics.get_tensor(statistics),
+        )
+        width = self.dtype.width // 8
+        pipelines = Pipelines(
+            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
+            self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
+            self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
+            self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
+        )
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(self.producer_registers)
+            if warp_idx == 0:
+                self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+        else:
+            cute.arch.setmaxregister_increase(self.mma_registers)
+            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+
+    def _pipeline(self, barriers, stages: int, num_bytes: int) -> pipeline.PipelineTmaAsync:
+        """Pipeline from the producer to all MMA warps, of so many bytes a stage, filled-up zeros included."""
+        return pipeline.PipelineTmaAsync.create(
+            barrier_storage=barriers.data_ptr(),
+            num_stages=stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, MMA_THREADS // 32),
+            tx_count=num_bytes,
+            defer_sync=True,
+        )
+
+    @cute.jit
+    def _find_tile(self, step: Int32, tiles: Tiles):
+        """``find_tile`` for tiles of keys; where early keys are seen by more rows, they count from the end."""
+        later_cost_more = self.is_causal or self.has_window
+        step, is_valid, n_block, head_kv, batch = find_tile(step, tiles, later_cost_more)
+        if cutlass.const_expr(later_cost_more):
+            n_block = tiles.num_m_blocks - 1 - n_block
+        return step, is_valid, n_block, head_kv, batch
+
+    @cute.jit
+    def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
+        return query_blocks(
+            n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window
+        )
+
+    @cute.jit
+    def load(
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        tiles: Tiles,
+        window: Window | None,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Producer warp, for each tile: K, V, then Q and dO of all blocks of all query heads of the group."""
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        heads = gmem.q.shape[2]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, window)
+            self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
+            self._load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
+            kv_state.advance()
+            for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                head = head_kv * qhead_per_kvhead + g
+                first_block = (batch * heads + head) * blocks
+                gQ, gdO = gmem.q[None, None, head, batch], gmem.do[None, None, head, batch]
+                for m_block in cutlass.range(start, end, unroll=1):
+                    self._load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
+                    with cute.arch.elect_one():
+                        cute.copy(
+                            cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
+                            scratch.statistics[None, first_block + m_block],
+                            smem.statistics[None, q_state.index],
+                            mbar_ptr=pipelines.q.producer_get_barrier(q_state),
+                        )
+                    self._load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
+                    q_state.advance()
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _load_tile(
+        self,
+        atom: cute.CopyAtom,
+        mX: cute.Tensor,  # (s, d) of one head
+        sX: cute.Tensor,  # (rows, d, stages)
+        index: Int32,
+        pipe: pipeline.PipelineTmaAsync,
+        state: pipeline.PipelineState,
+    ) -> None:
+        """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
+        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
+        tXsX, tXgX = cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+        )
+        pipe.producer_acquire(state)
+        cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+
+    def _operands(self, mmas: Mmas, smem: Smem, wg: Int32) -> Operands:
+        # Partitioned as if all columns that shared memory holds were multiplied; the WGMMAs may be narrower.
+        wide = self._mmas(self.width, self.width_v, self.width)
+        sdp, dk, dv, dq = (mma.get_slice(wg * WARPGROUP) for mma in wide)
+
+        def scores(dtype: type[cutlass.Numeric]) -> cute.Tensor:
+            return cute.make_rmem_tensor(mmas.sdp.partition_shape_C((self.tile_n, self.tile_m)), dtype)
+
+        def accumulator(mma: cute.TiledMma, columns: int) -> cute.Tensor:
+            return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_n, columns)), Float32)
+
+        acc_S, rP, rdS = scores(Float32), scores(self.dtype), scores(self.dtype)
+        if self.splits_keys:
+            tVrP, tKrdS = fragments.as_operand_a(rP), fragments.as_operand_a(rdS)
+        else:
+            tVrP = dv.make_fragment_A(dv.partition_A(transposed(smem.p)))
+            tKrdS = dk.make_fragment_A(dk.partition_A(transposed(smem.ds)))
+        return Operands(
+            tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
+            tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
+            tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
+            tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
+            tVrP=tVrP,
+            tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
+            tKrdS=tKrdS,
+            tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
+            tQrdS=dq.make_fragment_A(dq.partition_A(smem.ds)),
+            tQrK=dq.make_fragment_B(dq.partition_B(transposed(smem.k))),
+            rP=rP,
+            rdS=rdS,
+            acc_S=acc_S,
+            acc_dK=accumulator(mmas.dk, self.dk_columns),
+            acc_dV=accumulator(mmas.dv, self.dv_columns),
+        )
+
+    @cute.jit
+    def mma(
+        self,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        tiles: Tiles,
+        mmas: Mmas,
+        scoring: Scoring,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """MMA warpgroup: all tiles of this CTA, its part of each."""
+        tidx, _, _ = cute.arch.thread_idx()
+        tidx = tidx - WARPGROUP
+        wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        lane_row = tidx % WARPGROUP // 32 * 16 + tidx % 32 // 4
+        if cutlass.const_expr(self.splits_keys):
+            place = Place(tidx, wg, wg * 64 + lane_row, Int32(0))
+        else:
+            place = Place(tidx, wg, lane_row, wg * (self.tile_m // 2))
+        regs = self._operands(mmas, smem, wg)
+        context = Context(mmas, regs, smem, pipelines, scoring, place)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
+            first_key = n_block * self.tile_n + place.row
+            left = (end - start) * qhead_per_kvhead
+            pipelines.k.consumer_wait(kv_state)
+            if left > 0:
+                pipelines.q.consumer_wait(q_state)
+            self._issue_s(mmas, regs, q_state)
+            pipelines.v.consumer_wait(kv_state)
+            regs.acc_dK.fill(0.0)
+            regs.acc_dV.fill(0.0)
+            for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                sums = scratch.sums[None, tidx, 0, None]
+                first_block = (batch * heads + head_kv * qhead_per_kvhead + g) * blocks
+                for m_block in cutlass.range(start, unmasked_start, unroll=1):
+                    left -= 1
+                    limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                    self._block(context, q_state, left, limits, sums[None, Int64(first_block + m_block)].iterator)
+                    q_state.advance()
+                for m_block in cutlass.range(unmasked_start, unmasked_end, unroll=1):
+                    left -= 1
+                    self._block(context, q_state, left, None, sums[None, Int64(first_block + m_block)].iterator)
+                    q_state.advance()
+                if cutlass.const_expr(self.has_window):
+                    for m_block in cutlass.range(unmasked_end, end, unroll=1):
+                        left -= 1
+                        limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                        self._block(context, q_state, left, limits, sums[None, Int64(first_block + m_block)].iterator)
+                        q_state.advance()
+            warpgroup.wait_group(0)
+            pipelines.k.consumer_release(kv_state)
+            pipelines.v.consumer_release(kv_state)
+            kv_state.advance()
+            self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
+            self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
+        tSrQ = regs.tSrQ[None, None, None, q_state.index]
+        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16, zero_init=True)
+
+    @cute.jit
+    def _block(
+        self,
+        context: Context,
+        state: pipeline.PipelineState,  # of this block's Q and dO
+        left: Int32,  # how many blocks of this tile come after this one
+        limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
+        target: cute.Pointer,  # this thread's first sum of dQ
+    ) -> None:
+        """All of one block of queries, whose S is being multiplied already, and the next one's S."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        stage = state.index
+        acc_dP = cute.make_rmem_tensor(regs.acc_S.layout, Float32)
+        pipelines.do.consumer_wait(state)
+        tPrdO = regs.tPrdO[None, None, None, stage]
+        warpgroup.wait_group(0)
+        issue(mmas.sdp, acc_dP, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16, zero_init=True)
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
+        if cutlass.const_expr(limits is not None):
+            fill = -math.inf if scoring.cap_factor is None else HIDDEN
+            mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(self.has_window):
+                mask_right(regs.acc_S, limits[1], fill)
+        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        tVrP, tKrdS = regs.tVrP, regs.tKrdS
+        if cutlass.const_expr(not self.splits_keys):
+            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place, P)
+            tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
+        issue(mmas.dv, regs.acc_dV, tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        warpgroup.wait_group(1)
+        self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
+        tKrQ = regs.tKrQ[None, None, None, stage]
+        if cutlass.const_expr(self.splits_keys):
+            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+        self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place, DS)
+        if cutlass.const_expr(not self.splits_keys):
+            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+        acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
+        issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
+        following = state.clone()
+        following.advance()
+        if left > 0:
+            pipelines.q.consumer_wait(following)
+        self._issue_s(mmas, regs, following)
+        warpgroup.wait_group(1)
+        pipelines.q.consumer_release(state)
+        pipelines.do.consumer_release(state)
+        add_fragment(target, acc_dQ, MMA_THREADS)
+
+    def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
+        """(2, n) fp32: lse, or δ from row ``first`` = tile_m on, of this thread's n pairs of queries."""
+        queries = self.tile_m if self.splits_keys else self.tile_m // 2
+        offset = first + place.column + place.tidx % 4 * 2
+        pointer = (smem.statistics[None, stage].iterator + offset).align(8)
+        return cute.make_tensor(pointer, cute.make_layout((2, queries // 8), stride=(1, 8)))
+
+    @cute.jit
+    def _weights(self, regs: Operands, lse: cute.Tensor, scoring: Scoring) -> None:
+        """P from S, in 16 bit in rP; in fp32, with the cap's derivative, in the place of S."""
+        scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
+        for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            caps = cute.make_rmem_tensor(8, Float32)
+            for half in cutlass.range_constexpr(2):
+                pair = lse[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4):
+                    score = scores[4 * half + i, k]
+                    exponent = score * scoring.scale_log2 - pair[i % 2]
+                    scores[4 * half + i, k] = cute.math.exp2(exponent, fastmath=True)
+                    caps[4 * half + i] = 1.0 - score * score
+            rounded[None, k].store(scores[None, k].load().to(self.dtype))
+            if cutlass.const_expr(scoring.cap_factor is not None):
+                scores[None, k].store(scores[None, k].load() * caps.load())
+
+    @cute.jit
+    def _score_gradients(self, regs: Operands, acc_dP: cute.Tensor, delta: cute.Tensor) -> None:
+        """dS = P ∘ (dP - δ), in 16 bit in rdS."""
+        weights, gradients, rounded = self._slices(regs.acc_S), self._slices(acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(weights, mode=[1])):
+            for half in cutlass.range_constexpr(2):
+                pair = delta[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
+                    gradients[i, k] = weights[i, k] * (gradients[i, k] - pair[i % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+
+    def _slices(self, fragment: cute.Tensor) -> cute.Tensor:
+        """Registers of a fragment as (8, n): the values of a slice of 16 queries, as (query pair, 2 keys, 2)."""
+        return cute.make_tensor(fragment.iterator, cute.make_layout((8, cute.size(fragment) // 8)))
+
+    @cute.jit
+    def _store_scores(
+        self,
+        mmas: Mmas,
+        rounded: cute.Tensor,  # registers, laid out as acc_S
+        sX: cute.Tensor,  # (tile_m, tile_n) of one stage
+        place: Place,
+        barrier: cutlass.Constexpr[int],
+    ) -> None:
+        """Write this warpgroup's part of P or dS to shared memory, and wait until the other has done so."""
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(place.tidx)
+        flipped = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(flipped))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=MMA_THREADS)
+
+    @cute.jit
+    def _limits(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: Window | None):
+        """``(starts, ends)`` of the queries that see each of this thread's two keys, counted from the first query that
+        this warpgroup has of the block; ends is None without a window."""
+        first_query = m_block * self.tile_m + place.column
+        starts = cute.make_rmem_tensor(2, Int32)
+        ends = cute.make_rmem_tensor(2, Int32) if cutlass.const_expr(self.has_window) else None
+        for r in cutlass.range_constexpr(2):
+            key = first_key + 8 * r
+            start = Int32(0)
+            if cutlass.const_expr(self.is_causal):
+                start = key - first_query
+            if cutlass.const_expr(self.has_window):
+                start = key - window.right - first_query
+                ends[r] = key - window.left - first_query + 1
+            starts[r] = start if key < seqlen_k else Int32(self.tile_m)
+        return starts, ends
+
+    @cute.jit
+    def _store(
+        self,
+        acc: cute.Tensor,
+        mX: cute.Tensor,  # (s_k, d / 2) of one head, pairs of values as Int32
+        first_key: Int32,
+        place: Place,
+        scale: Float32,
+    ) -> None:
+        """Round scale · acc and write this thread's two rows; a quad writes 16 neighbouring bytes at a time."""
+        rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
+        values, results = self._slices(acc), self._slices(rounded)
+        for k in cutlass.range_constexpr(cute.size(values, mode=[1])):
+            results[None, k].store((values[None, k].load() * scale).to(self.dtype))
+        pairs = cute.recast_tensor(rounded, Int32)
+        groups = cute.size(pairs) // 2  # of eight columns
+        first_group = Int32(0) if cutlass.const_expr(self.splits_keys) else place.wg * groups
+        lane = place.tidx % 4
+        for r in cutlass.range_constexpr(2):
+            row = first_key + 8 * r
+            if row < mX.shape[0]:
+                for v in cutlass.range_constexpr(groups):
+                    if (first_group + v) * 4 < mX.shape[1]:
+                        mX[row, (first_group + v) * 4 + lane] = pairs[2 * v + r]
+
+
+def example_arguments(key: KernelKey) -> tuple:
+    """Tensors without data, for ``cute.compile``: everything symbolic but the head dims and the unit stride."""
+    dtype = DTYPES[key.dtype]
+    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    seqlen_q, seqlen_k = cute.sym_int(), cute.sym_int()
+
+    def tensor(num_heads: cute.SymInt, seqlen: cute.SymInt, head_dim: int) -> cute.Tensor:
+        strides = tuple(cute.sym_int64(divisibility=8) for _ in range(3))
+        shape = (batch, num_heads, seqlen, head_dim)
+        return cute.runtime.make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+    of_query = (heads, seqlen_q, key.head_dim)
+    of_output = (heads, seqlen_q, key.head_dim_v)
+    of_key, of_value = (heads_kv, seqlen_k, key.head_dim), (heads_kv, seqlen_k, key.head_dim_v)
+    shapes = (of_output, of_query, of_key, of_value, of_output)
+    lse = cute.runtime.make_fake_tensor(
+        Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1), assumed_align=4
+    )
+    return (
+        *(tensor(*shape) for shape in shapes),
+        lse,
+        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
+        cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Float32(1.0),
+        Int32(1),
+        Int32(0) if key.window else None,
+        Int32(0) if key.window else None,
+        Float32(1.0) if key.softcap else None,
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
