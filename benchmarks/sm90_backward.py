@@ -82,11 +82,13 @@ def check(case: forward.Case, dout_layout: str) -> float:
     refs = math_grads([x.float() for x in inputs], dout.float(), sink, case.options)
     rounded = math_grads(inputs, dout, sink, case.options)
     worst = 0.0
+    # With one key the math makes dS exactly 0, and recomputation from lse has rounding, more the more is summed.
+    floor = 1e-5 * (case.seqlen_q * case.heads / case.heads_kv) ** 0.5 if case.seqlen_k == 1 else 1e-5
     for name, got, ref, low, like in zip(("dq", "dk", "dv"), grads, refs, rounded, inputs, strict=True):
         assert got.stride() == torch.empty_like(like).stride(), f"{case}: {name} has strides {got.stride()}"
         narrow = ref.to(got.dtype)
         atol = 2 * (narrow + 0.3 - 0.3 - narrow).abs().max().item()
-        bound = 2 * (low.float() - ref).abs().max().item() + atol + FLOOR
+        bound = 2 * (low.float() - ref).abs().max().item() + atol + floor
         errors = (got.float() - ref).abs().nan_to_num(float("inf"))
         error = errors.max().item()
         if not error <= bound:
@@ -97,9 +99,6 @@ def check(case: forward.Case, dout_layout: str) -> float:
             )
         worst = max(worst, error / bound)
     return worst
-
-
-FLOOR = 1e-5  # for gradients that the math makes exactly 0, where recomputation from lse has rounding
 
 
 def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str, Any]:
@@ -127,7 +126,7 @@ def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str
     finally:
         launch.empty_grads, launch.torch.empty = allocate, empty
     return {
-        "rule": "max|grad - ref| <= 2 max|pt - ref| + atol + 1e-5, for dq, dk and dv",
+        "rule": "max|grad - ref| <= 2 max|pt - ref| + atol + floor, for dq, dk and dv; floor 1e-5, or 1e-5 sqrt(summands) for a single key",
         "cases": num_cases,
         "variants": len(variants),
         "seed": seed,

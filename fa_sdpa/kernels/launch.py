@@ -189,7 +189,7 @@ def _make_backward_plan(
         raise ValueError(f"no backward kernel for {dtype} on {target.name} (arch {target.arch})")
     window, softcap = flags
     key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
-    config = sm90.backward_config(head_dim, head_dim_v)
+    config = sm90.backward_config(head_dim, head_dim_v, softcap)
     plan = _BackwardPlan(kernel(key), target.num_sms, config.tile_m, config.scratch_per_block)
     _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan
     return plan

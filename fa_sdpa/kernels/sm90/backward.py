@@ -200,7 +200,8 @@ class Backward:
         self.dq_columns = config.dq_columns
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
-        self.is_causal, self.has_window = key.is_causal, key.window
+        self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
+        self.dv_early = self.tile_m == 64
         self.mma_registers, self.producer_registers = config.registers
 
     def _layouts(self) -> Layouts:
@@ -605,30 +606,37 @@ class Backward:
             if cutlass.const_expr(self.has_window):
                 mask_right(regs.acc_S, limits[1], fill)
         self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        delta = self._statistics(smem, stage, self.tile_m, place)
+        if cutlass.const_expr(not self.dv_early):
+            warpgroup.wait_group(0)
+            self._score_gradients(regs, acc_dP, delta)
         tVrP, tKrdS = regs.tVrP, regs.tKrdS
         if cutlass.const_expr(not self.splits_keys):
             self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place, P)
             tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
         issue(mmas.dv, regs.acc_dV, tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
-        warpgroup.wait_group(1)
-        self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
+        if cutlass.const_expr(self.dv_early):
+            warpgroup.wait_group(1)
+            self._score_gradients(regs, acc_dP, delta)
         tKrQ = regs.tKrQ[None, None, None, stage]
         if cutlass.const_expr(self.splits_keys):
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place, DS)
         if cutlass.const_expr(not self.splits_keys):
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+        warpgroup.wait_group(1)  # dV: frees the registers of P
         acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
         tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
         issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
+        warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
+        pipelines.q.consumer_release(state)
+        pipelines.do.consumer_release(state)
         following = state.clone()
         following.advance()
         if left > 0:
             pipelines.q.consumer_wait(following)
         self._issue_s(mmas, regs, following)
         warpgroup.wait_group(1)
-        pipelines.q.consumer_release(state)
-        pipelines.do.consumer_release(state)
         add_fragment(target, acc_dQ, MMA_THREADS)
 
     def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
@@ -651,7 +659,8 @@ class Backward:
                     exponent = score * scoring.scale_log2 - pair[i % 2]
                     scores[4 * half + i, k] = cute.math.exp2(exponent, fastmath=True)
                     caps[4 * half + i] = 1.0 - score * score
-            rounded[None, k].store(scores[None, k].load().to(self.dtype))
+            if cutlass.const_expr(self.dv_early or self.has_softcap):
+                rounded[None, k].store(scores[None, k].load().to(self.dtype))
             if cutlass.const_expr(scoring.cap_factor is not None):
                 scores[None, k].store(scores[None, k].load() * caps.load())
 
@@ -660,6 +669,8 @@ class Backward:
         """dS = P ∘ (dP - δ), in 16 bit in rdS."""
         weights, gradients, rounded = self._slices(regs.acc_S), self._slices(acc_dP), self._slices(regs.rdS)
         for k in cutlass.range_constexpr(cute.size(weights, mode=[1])):
+            if cutlass.const_expr(not self.dv_early and not self.has_softcap):
+                self._slices(regs.rP)[None, k].store(weights[None, k].load().to(self.dtype))
             for half in cutlass.range_constexpr(2):
                 pair = delta[None, 2 * k + half].load()
                 for i in cutlass.range_constexpr(4 * half, 4 * half + 4):

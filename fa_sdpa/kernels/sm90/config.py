@@ -249,14 +249,17 @@ def forward_key(
 
 
 @functools.cache
-def backward_config(head_dim: int, head_dim_v: int) -> BackwardConfig:
+def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> BackwardConfig:
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
-    dK and dV of 64 keys take (head_dim + head_dim_v) / 2 registers of a thread, S, dP and dQ of 64 queries 32 each.
+    With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
+    tile_m / 2 each of S, dP and dQ. A softcap needs some more.
     """
-    if _round_up(head_dim, 16) + _round_up(head_dim_v, 16) > 256:
+    columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
+    if columns > (192 if softcap else 256):
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
-    return BackwardConfig(head_dim, head_dim_v, 128 if max(head_dim, head_dim_v) <= 64 else 64, 128, 2)
+    wide = max(head_dim, head_dim_v) <= 64 and not softcap
+    return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
 
 
 @functools.cache
@@ -270,7 +273,7 @@ def backward_key(
     softcap: bool = False,
 ) -> KernelKey:
     """Key of the backward kernel for what decides its code."""
-    config = backward_config(head_dim, head_dim_v)
+    config = backward_config(head_dim, head_dim_v, softcap)
     return KernelKey(
         "backward",
         ARCH,
