@@ -24,6 +24,29 @@ def _add_4(  # type: ignore[no-untyped-def]
     )
 
 
+@dsl_user_op
+def bulk_add(  # type: ignore[no-untyped-def]
+    target: cute.Pointer,  # fp32 global memory, 16-byte aligned
+    source: cute.Pointer,  # fp32 shared memory, likewise
+    num_bytes: int,
+    *,
+    loc=None,
+    ip=None,
+) -> None:
+    """Add shared memory to global memory, asynchronously, as part of the thread's current bulk group."""
+    llvm.inline_asm(
+        None,
+        [target.toint(loc=loc, ip=ip).ir_value(), source.toint(loc=loc, ip=ip).ir_value()],
+        f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], {num_bytes};",
+        "l,r",
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
 @cute.jit
 def add_fragment(
     target: cute.Pointer,  # fp32 global memory of this thread's first four values, 16-byte aligned

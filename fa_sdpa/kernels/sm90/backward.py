@@ -68,18 +68,17 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.atomics import add_fragment
+from ..common.atomics import add_fragment, bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
-from .backward_rows import THREADS, Scratch, finish, prepare, split_scratch
+from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
-WARPGROUP = 128  # threads
-MMA_THREADS = 2 * WARPGROUP
 DS, P = 1, 2  # named barriers; barrier 0 is the CTA's
+DQ_EMPTY, DQ_FULL = 3, 5  # first of two each, one per MMA warpgroup
 HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
@@ -101,6 +100,7 @@ class Smem(NamedTuple):
     ds: cute.Tensor  # (tile_m, tile_n, stages)
     p: cute.Tensor | None  # (tile_m, tile_n, stages) where keys are shared
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
+    dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
 
 
 class Layouts(NamedTuple):
@@ -197,7 +197,8 @@ class Backward:
         self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
-        self.dq_columns = config.dq_columns
+        self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
+        self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
@@ -257,6 +258,7 @@ class Backward:
             sdO: buffer(layouts.do)  # type: ignore[valid-type]
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
             sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
+            sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
 
         return SharedStorage
 
@@ -299,8 +301,7 @@ class Backward:
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
-        values = self.tile_m * self.dq_columns // MMA_THREADS
-        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, MMA_THREADS, values)
+        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
         prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
             grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
@@ -320,7 +321,7 @@ class Backward:
             heads // mK.shape[1],
         ).launch(
             grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
-            block=[WARPGROUP + MMA_THREADS, 1, 1],
+            block=[WARPGROUP + THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
         )
@@ -340,7 +341,7 @@ class Backward:
             self.dtype,
             self.tile_m,
             self.dq_columns,
-        ).launch(grid=[blocks, 1, 1], block=[MMA_THREADS, 1, 1], stream=stream)
+        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
     @cute.kernel
     def kernel(
@@ -360,6 +361,7 @@ class Backward:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
+        staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
         smem = Smem(
             *(
                 buffer.get_tensor(layout.outer, swizzle=layout.inner)
@@ -373,6 +375,7 @@ class Backward:
             ),
             None if self.splits_keys else storage.sP.get_tensor(layouts.scores.outer, swizzle=layouts.scores.inner),
             storage.statistics.get_tensor(statistics),
+            storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
         )
         width = self.dtype.width // 8
         pipelines = Pipelines(
@@ -388,6 +391,9 @@ class Backward:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
                 self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+            if cutlass.const_expr(self.stages_dq):
+                if warp_idx == 1 or warp_idx == 2:
+                    self.add_dq(gmem, scratch, smem.dq, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
             self.mma(gmem, scratch, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
@@ -398,7 +404,7 @@ class Backward:
             barrier_storage=barriers.data_ptr(),
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, MMA_THREADS // 32),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, THREADS // 32),
             tx_count=num_bytes,
             defer_sync=True,
         )
@@ -476,6 +482,37 @@ class Backward:
         pipe.producer_acquire(state)
         cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
+    @cute.jit
+    def add_dq(
+        self,
+        gmem: Gmem,
+        scratch: Scratch,
+        sdQ: cute.Tensor,
+        tiles: Tiles,
+        window: Window | None,
+        qhead_per_kvhead: Int32,
+        wg: Int32,
+    ) -> None:
+        """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory."""
+        heads = gmem.q.shape[2]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        source = sdQ[None, 0, 0, wg].iterator
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, window)
+            for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                first_block = (batch * heads + head_kv * qhead_per_kvhead + g) * blocks
+                for m_block in cutlass.range(start, end, unroll=1):
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                    cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
+                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+                    target = scratch.sums[None, 0, 0, wg, Int64(first_block + m_block)].iterator
+                    with cute.arch.elect_one():
+                        bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
+                    cute.arch.cp_async_bulk_commit_group()
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
     def _operands(self, mmas: Mmas, smem: Smem, wg: Int32) -> Operands:
         # Partitioned as if all columns that shared memory holds were multiplied; the WGMMAs may be narrower.
         wide = self._mmas(self.width, self.width_v, self.width)
@@ -551,7 +588,7 @@ class Backward:
             regs.acc_dK.fill(0.0)
             regs.acc_dV.fill(0.0)
             for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                sums = scratch.sums[None, tidx, 0, None]
+                sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
                 first_block = (batch * heads + head_kv * qhead_per_kvhead + g) * blocks
                 for m_block in cutlass.range(start, unmasked_start, unroll=1):
                     left -= 1
@@ -637,7 +674,16 @@ class Backward:
             pipelines.q.consumer_wait(following)
         self._issue_s(mmas, regs, following)
         warpgroup.wait_group(1)
-        add_fragment(target, acc_dQ, MMA_THREADS)
+        if cutlass.const_expr(self.stages_dq):
+            cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
+            store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+            for i in cutlass.range_constexpr(self.dq_values // 4):
+                values = cute.make_tensor(acc_dQ.iterator + 4 * i, cute.make_layout(4))
+                cute.copy(store, values, smem.dq[None, place.tidx % WARPGROUP, i, place.wg])
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
+        else:
+            add_fragment(target, acc_dQ, WARPGROUP)
 
     def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
         """(2, n) fp32: lse, or δ from row ``first`` = tile_m on, of this thread's n pairs of queries."""
@@ -696,7 +742,7 @@ class Backward:
         flipped = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
         cute.copy(copy, copy.retile(rounded), copy.partition_D(flipped))
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=MMA_THREADS)
+        cute.arch.barrier(barrier_id=barrier, number_of_threads=THREADS)
 
     @cute.jit
     def _limits(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: Window | None):

@@ -5,8 +5,9 @@
 
 Both have one CTA of THREADS threads per block of tile_m rows of a head, numbered as the blocks of the scratch memory.
 
-Scratch memory, fp32, one tensor: for each block 2 · tile_m statistics (lse, then δ), then for each block the sums of dQ,
-as the main kernel's threads hold them: four values of thread 0, of thread 1, …, the next four of thread 0, …
+Scratch memory, fp32, one tensor: for each block 2 · tile_m statistics (lse, then δ), then for each block the sums of
+dQ as the main kernel's threads hold them, one warpgroup after the other: four values of its thread 0, of its thread 1,
+…, the next four of thread 0, …
 
 Rows beyond seqlen_q, and rows that saw no key, get lse = +inf: exp2(s - inf) = 0 keeps them out of every gradient.
 """
@@ -21,24 +22,25 @@ from cutlass.utils import SmemAllocator
 
 from ..common.softmax import LOG2_E
 
-THREADS = 256
+WARPGROUP, THREADS = 128, 256  # of threads; those of the main kernel that multiply
 
 
 class Scratch(NamedTuple):
     """Scratch memory of a launch; blocks are counted over all heads of all sequences."""
 
     statistics: cute.Tensor  # (2 · tile_m, blocks) fp32
-    sums: cute.Tensor  # (4, threads, values / 4 of a thread, blocks) fp32
+    sums: cute.Tensor  # (4, WARPGROUP, values / 4 of a thread, THREADS / WARPGROUP, blocks) fp32
 
 
-def split_scratch(
-    mScratch: cute.Tensor, blocks: Int64, tile_m: int, threads: int, values: int
-) -> Scratch:
-    """The two parts of the scratch tensor, which has blocks · (2 · tile_m + threads · values) elements."""
+def split_scratch(mScratch: cute.Tensor, blocks: Int64, tile_m: int, values: int) -> Scratch:
+    """The parts of the scratch tensor, which has blocks · (2 · tile_m + THREADS · values) elements."""
     rows = 2 * tile_m
     statistics = cute.make_layout((rows, blocks), stride=(1, rows))
-    per_block = threads * values
-    sums = cute.make_layout((4, threads, values // 4, blocks), stride=(1, 4, 4 * threads, per_block))
+    per_warpgroup = WARPGROUP * values
+    sums = cute.make_layout(
+        (4, WARPGROUP, values // 4, THREADS // WARPGROUP, blocks),
+        stride=(1, 4, 4 * WARPGROUP, per_warpgroup, THREADS // WARPGROUP * per_warpgroup),
+    )
     start = (mScratch.iterator + rows * blocks).align(16)
     return Scratch(cute.make_tensor(mScratch.iterator, statistics), cute.make_tensor(start, sums))
 
@@ -88,13 +90,13 @@ def prepare(
                 lse = natural * LOG2_E
         delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
         if lane == 0 and row < tile_m:
-            scratch.statistics[row, index] = lse
-            scratch.statistics[tile_m + row, index] = delta
+            scratch.statistics[row, Int64(index)] = lse
+            scratch.statistics[tile_m + row, Int64(index)] = delta
     zeros = cute.make_rmem_tensor(4, Float32)
     zeros.fill(0.0)
     store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
     for i in cutlass.range_constexpr(cute.size(scratch.sums, mode=[2])):
-        cute.copy(store, zeros, scratch.sums[None, tidx, i, index])
+        cute.copy(store, zeros, scratch.sums[None, tidx % WARPGROUP, i, tidx // WARPGROUP, Int64(index)])
 
 
 @cute.kernel
@@ -125,7 +127,8 @@ def finish(
     values = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, cute.size(acc_dQ) // 4)))
     load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
     for i in cutlass.range_constexpr(cute.size(values, mode=[1])):
-        cute.copy(load, scratch.sums[None, tidx, i, index], values[None, i])
+        sums = scratch.sums[None, tidx % WARPGROUP, i, tidx // WARPGROUP, Int64(index)]
+        cute.copy(load, sums, values[None, i])
     rounded = cute.make_rmem_tensor(acc_dQ.layout, dtype)
     for i in cutlass.range_constexpr(cute.size(values)):
         rounded[i] = (acc_dQ[i] * softmax_scale).to(dtype)

@@ -175,13 +175,22 @@ class BackwardConfig:
         return 2 * self.tile_m + self.tile_m * self.dq_columns
 
     @property
+    def stages_dq(self) -> bool:
+        """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
+        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+
+    @property
     def smem_bytes(self) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO, dS and, where keys are shared, P; fp32 lse and δ."""
+        """Shared memory of a CTA."""
+        return self._smem_bytes(self.stages_dq)
+
+    def _smem_bytes(self, stages_dq: bool) -> int:
+        """16-bit K and V; in every stage 16-bit Q, dO, dS and, where keys are shared, P, and fp32 lse and δ; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
-        return 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores)) + (
-            8 * self.tile_m * self.stages + BARRIER_BYTES
-        )
+        dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
+        tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
 def _round_up(value: int, multiple: int) -> int:
