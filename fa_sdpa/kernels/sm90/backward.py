@@ -71,7 +71,7 @@ from ..common import fragments, softmax
 from ..common.atomics import add_fragment, bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
-from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
+from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
@@ -109,26 +109,31 @@ class Layouts(NamedTuple):
     q: cute.ComposedLayout
     do: cute.ComposedLayout
     scores: cute.ComposedLayout
+    dk: cute.ComposedLayout  # (64, columns, 1), in dQ's place
+    dv: cute.ComposedLayout
 
 
 class Gmem(NamedTuple):
-    """TMA coordinate tensors, and dK and dV as pairs of values."""
+    """TMA coordinate tensors; dK and dV, where they are stored from registers, as pairs of values, (s_k, d / 2, h_kv, b)
+    Int32."""
 
     k: cute.Tensor  # (s_k, d, h_kv, b)
     v: cute.Tensor  # (s_k, dv, h_kv, b)
     q: cute.Tensor  # (s_q, d, h, b)
     do: cute.Tensor  # (s_q, dv, h, b)
-    dk: cute.Tensor  # (s_k, d / 2, h_kv, b) Int32
-    dv: cute.Tensor  # (s_k, dv / 2, h_kv, b) Int32
+    dk: cute.Tensor  # (s_k, d, h_kv, b)
+    dv: cute.Tensor  # (s_k, dv, h_kv, b)
 
 
 class Atoms(NamedTuple):
-    """TMA loads of one tile each."""
+    """TMA copies of one tile each, of dK and dV the 64 keys of a warpgroup."""
 
     k: cute.CopyAtom
     v: cute.CopyAtom
     q: cute.CopyAtom
     do: cute.CopyAtom
+    dk: cute.CopyAtom | None
+    dv: cute.CopyAtom | None
 
 
 class Mmas(NamedTuple):
@@ -198,6 +203,7 @@ class Backward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
+        self.stores_by_tma = config.stores_by_tma
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
@@ -215,6 +221,8 @@ class Backward:
             q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
             do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
             scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
+            dk=smem_layout(self.dtype, 64, self.dk_columns, 1),
+            dv=smem_layout(self.dtype, 64, self.dv_columns, 1),
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
@@ -289,15 +297,18 @@ class Backward:
         layouts = self._layouts()
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         copies = [
-            cpasync.make_tiled_tma_atom(load, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
-            for tensor, layout, rows, width in (
-                (mK, layouts.k, self.tile_n, self.width),
-                (mV, layouts.v, self.tile_n, self.width_v),
-                (mQ, layouts.q, self.tile_m, self.width),
-                (mdO, layouts.do, self.tile_m, self.width_v),
+            cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
+            if op is load or self.stores_by_tma
+            else (None, cute.recast_tensor(s_d_h_b(tensor), Int32))
+            for op, tensor, layout, rows, width in (
+                (load, mK, layouts.k, self.tile_n, self.width),
+                (load, mV, layouts.v, self.tile_n, self.width_v),
+                (load, mQ, layouts.q, self.tile_m, self.width),
+                (load, mdO, layouts.do, self.tile_m, self.width_v),
+                (store, mdK, layouts.dk, 64, self.dk_columns),
+                (store, mdV, layouts.dv, 64, self.dv_columns),
             )
         ]
-        pairs = (cute.recast_tensor(s_d_h_b(tensor), Int32) for tensor in (mdK, mdV))
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
@@ -308,11 +319,11 @@ class Backward:
 
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
-        paired = spills_l2(batch * heads, seqlen_q, bytes_per_query)
+        paired = Int64(batch * heads) * seqlen_q * bytes_per_query > L2_BYTES
         tiles = Tiles(cute.ceil_div(mK.shape[2], self.tile_n), mK.shape[1], batch, paired)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies), *pairs),
+            Gmem(*(tensor for _, tensor in copies)),
             scratch,
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
@@ -357,7 +368,7 @@ class Backward:
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms:
+            for atom in atoms[: 6 if self.stores_by_tma else 4]:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
@@ -393,10 +404,12 @@ class Backward:
                 self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
             if cutlass.const_expr(self.stages_dq):
                 if warp_idx == 1 or warp_idx == 2:
-                    self.add_dq(gmem, scratch, smem.dq, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1)
+                    self.add_dq(
+                        atoms, gmem, scratch, smem.dq, layouts, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1
+                    )
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
 
     def _pipeline(self, barriers, stages: int, num_bytes: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to all MMA warps, of so many bytes a stage, filled-up zeros included."""
@@ -447,20 +460,19 @@ class Backward:
             self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
             self._load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
             kv_state.advance()
-            for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                head = head_kv * qhead_per_kvhead + g
-                first_block = (batch * heads + head) * blocks
-                gQ, gdO = gmem.q[None, None, head, batch], gmem.do[None, None, head, batch]
-                for m_block in cutlass.range(start, end, unroll=1):
-                    self._load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
+            for i in cutlass.range(end - start, unroll=1):
+                m_block = end - 1 - i
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    head = head_kv * qhead_per_kvhead + g
+                    self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
                     with cute.arch.elect_one():
                         cute.copy(
                             cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-                            scratch.statistics[None, first_block + m_block],
+                            scratch.statistics[None, Int64((batch * heads + head) * blocks + m_block)],
                             smem.statistics[None, q_state.index],
                             mbar_ptr=pipelines.q.producer_get_barrier(q_state),
                         )
-                    self._load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
+                    self._load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
                     q_state.advance()
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
 
@@ -485,33 +497,62 @@ class Backward:
     @cute.jit
     def add_dq(
         self,
+        atoms: Atoms,
         gmem: Gmem,
         scratch: Scratch,
         sdQ: cute.Tensor,
+        layouts: Layouts,
         tiles: Tiles,
         window: Window | None,
         qhead_per_kvhead: Int32,
         wg: Int32,
     ) -> None:
-        """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory."""
+        """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
+        dV and dK of every tile from there."""
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         source = sdQ[None, 0, 0, wg].iterator
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, _, _, end = self._query_blocks(n_block, gmem, window)
-            for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                first_block = (batch * heads + head_kv * qhead_per_kvhead + g) * blocks
-                for m_block in cutlass.range(start, end, unroll=1):
-                    cute.arch.cp_async_bulk_wait_group(0, read=True)
-                    cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
-                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
-                    target = scratch.sums[None, 0, 0, wg, Int64(first_block + m_block)].iterator
+            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
+            for i in cutlass.range(end - start, unroll=1):
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    self._exchange_dq(wg)
+                    block = Int64(first_block + g * blocks + end - 1 - i)
                     with cute.arch.elect_one():
+                        target = scratch.sums[None, 0, 0, wg, block].iterator
                         bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
+                    cute.arch.cp_async_bulk_commit_group()
+            if cutlass.const_expr(self.stores_by_tma):
+                row_block = n_block * 2 + wg
+                for atom, mX, layout in (
+                    (atoms.dv, gmem.dv[None, None, head_kv, batch], layouts.dv),
+                    (atoms.dk, gmem.dk[None, None, head_kv, batch], layouts.dk),
+                ):
+                    self._exchange_dq(wg)
+                    sX = self._in_dq(sdQ, layout, wg)
+                    gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
+                    tXsX, tXgX = cpasync.tma_partition(
+                        atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+                    )
+                    cute.copy(atom, tXsX, tXgX)
                     cute.arch.cp_async_bulk_commit_group()
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _exchange_dq(self, wg: Int32) -> None:
+        """Tell an MMA warpgroup that its part of dQ's shared memory has been read, and wait until it is full again."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+
+    def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32) -> cute.Tensor:
+        """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory."""
+        start = (sdQ.iterator + wg * (WARPGROUP * self.dq_values)).align(1024)
+        pointer = cute.recast_ptr(start, layout.inner, dtype=self.dtype)
+        return cute.make_tensor(pointer, layout.outer)[None, None, 0]
 
     def _operands(self, mmas: Mmas, smem: Smem, wg: Int32) -> Operands:
         # Partitioned as if all columns that shared memory holds were multiplied; the WGMMAs may be narrower.
@@ -557,6 +598,7 @@ class Backward:
         pipelines: Pipelines,
         tiles: Tiles,
         mmas: Mmas,
+        layouts: Layouts,
         scoring: Scoring,
         qhead_per_kvhead: Int32,
     ) -> None:
@@ -578,6 +620,8 @@ class Backward:
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
+            if cutlass.const_expr(not self.has_window):
+                unmasked_end = end
             first_key = n_block * self.tile_n + place.row
             left = (end - start) * qhead_per_kvhead
             pipelines.k.consumer_wait(kv_state)
@@ -587,30 +631,39 @@ class Backward:
             pipelines.v.consumer_wait(kv_state)
             regs.acc_dK.fill(0.0)
             regs.acc_dV.fill(0.0)
-            for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
-                first_block = (batch * heads + head_kv * qhead_per_kvhead + g) * blocks
-                for m_block in cutlass.range(start, unmasked_start, unroll=1):
-                    left -= 1
-                    limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                    self._block(context, q_state, left, limits, sums[None, Int64(first_block + m_block)].iterator)
-                    q_state.advance()
-                for m_block in cutlass.range(unmasked_start, unmasked_end, unroll=1):
-                    left -= 1
-                    self._block(context, q_state, left, None, sums[None, Int64(first_block + m_block)].iterator)
-                    q_state.advance()
-                if cutlass.const_expr(self.has_window):
-                    for m_block in cutlass.range(unmasked_end, end, unroll=1):
+            sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
+            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
+            if cutlass.const_expr(self.has_window):
+                for i in cutlass.range(end - unmasked_end, unroll=1):
+                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
+                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
-                        limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                        self._block(context, q_state, left, limits, sums[None, Int64(first_block + m_block)].iterator)
+                        block = first_block + g * blocks + end - 1 - i
+                        self._block(context, q_state, left, limits, sums[None, Int64(block)].iterator)
                         q_state.advance()
+            for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    left -= 1
+                    block = first_block + g * blocks + unmasked_end - 1 - i
+                    self._block(context, q_state, left, None, sums[None, Int64(block)].iterator)
+                    q_state.advance()
+            for i in cutlass.range(unmasked_start - start, unroll=1):
+                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    left -= 1
+                    block = first_block + g * blocks + unmasked_start - 1 - i
+                    self._block(context, q_state, left, limits, sums[None, Int64(block)].iterator)
+                    q_state.advance()
             warpgroup.wait_group(0)
             pipelines.k.consumer_release(kv_state)
             pipelines.v.consumer_release(kv_state)
             kv_state.advance()
-            self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
-            self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
+            if cutlass.const_expr(self.stores_by_tma):
+                self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
+                self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+            else:
+                self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
+                self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
 
     @cute.jit
@@ -763,6 +816,27 @@ class Backward:
         return starts, ends
 
     @cute.jit
+    def _round(self, acc: cute.Tensor, scale: Float32) -> cute.Tensor:
+        """scale · acc in 16 bit; a slice at a time, or an odd number of values would be converted one by one."""
+        rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
+        values, results = self._slices(acc), self._slices(rounded)
+        for k in cutlass.range_constexpr(cute.size(values, mode=[1])):
+            results[None, k].store((values[None, k].load() * scale).to(self.dtype))
+        return rounded
+
+    @cute.jit
+    def _hand_over(self, acc: cute.Tensor, sX: cute.Tensor, place: Place, scale: Float32) -> None:
+        """Round scale · acc, all columns of this warpgroup's 64 keys, and give it to the warp that stores it."""
+        rounded = self._round(acc, scale)
+        alone = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (1, 1), cute.size(sX, mode=[1]), a_in_registers=True)
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(atom, alone).get_slice(place.tidx % WARPGROUP)
+        cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(sX))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
     def _store(
         self,
         acc: cute.Tensor,
@@ -772,11 +846,7 @@ class Backward:
         scale: Float32,
     ) -> None:
         """Round scale · acc and write this thread's two rows; a quad writes 16 neighbouring bytes at a time."""
-        rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
-        values, results = self._slices(acc), self._slices(rounded)
-        for k in cutlass.range_constexpr(cute.size(values, mode=[1])):
-            results[None, k].store((values[None, k].load() * scale).to(self.dtype))
-        pairs = cute.recast_tensor(rounded, Int32)
+        pairs = cute.recast_tensor(self._round(acc, scale), Int32)
         groups = cute.size(pairs) // 2  # of eight columns
         first_group = Int32(0) if cutlass.const_expr(self.splits_keys) else place.wg * groups
         lane = place.tidx % 4

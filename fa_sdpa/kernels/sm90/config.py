@@ -180,6 +180,13 @@ class BackwardConfig:
         return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
 
     @property
+    def stores_by_tma(self) -> bool:
+        """Whether dK and dV, one after the other, are stored from dQ's shared memory; if not, from registers."""
+        room = 4 * self.tile_m * self.dq_columns // self.mma_warpgroups
+        tile = 2 * 64 * max(self.head_dim_mma, self.head_dim_v_mma)
+        return self.splits_keys and self.stages_dq and tile <= room
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
         return self._smem_bytes(self.stages_dq)
