@@ -94,8 +94,8 @@ def check(case: forward.Case, dout_layout: str) -> float:
         if not error <= bound:
             bad = int((errors > bound).sum())
             raise AssertionError(
-                f"{case}, dout {dout_layout}: {name}, {reference.worst(got, ref)}: error {error:.3g} > bound {bound:.3g};"
-                f" {bad} of {errors.numel()} elements are beyond it"
+                f"{case}, dout {dout_layout}: {name}, {reference.worst(got, ref)}: error {error:.3g} > bound"
+                f" {bound:.3g}; {bad} of {errors.numel()} elements are beyond it"
             )
         worst = max(worst, error / bound)
     return worst
@@ -126,7 +126,8 @@ def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str
     finally:
         launch.empty_grads, launch.torch.empty = allocate, empty
     return {
-        "rule": "max|grad - ref| <= 2 max|pt - ref| + atol + floor, for dq, dk and dv; floor 1e-5, or 1e-5 sqrt(summands) for a single key",
+        "rule": "max|grad - ref| <= 2 max|pt - ref| + atol + floor, for dq, dk and dv; floor 1e-5, with a single key "
+        "1e-5 sqrt(summands)",
         "cases": num_cases,
         "variants": len(variants),
         "seed": seed,
@@ -263,14 +264,13 @@ def main() -> None:
     parser.add_argument("--seqlens", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192, 16384], help="likewise")
     parser.add_argument("--only", nargs="*", default=[], help="contenders to time; all by default")
     parser.add_argument("--breadth", action="store_true", help="draw the cases from VARIANTS, too")
+    parser.add_argument("--stride", type=int, default=1, help="with --breadth: of every so many VARIANTS one")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
-    variants = forward.PLAIN + forward.VARIANTS if args.breadth else forward.PLAIN
+    variants = forward.PLAIN + forward.VARIANTS[:: args.stride] if args.breadth else forward.PLAIN
     shapes = {"grid": grid(args.head_dims, args.seqlens), "breadth": breadth(), "none": []}[args.shapes]
     if args.list_keys:
-        timed = [
-            forward.Variant("bf16", s.head_dim, s.head_dim_v, "causal" if s.is_causal else "full") for s in shapes
-        ]
+        timed = [forward.Variant("bf16", s.head_dim, s.head_dim_v, "causal" if s.is_causal else "full") for s in shapes]
         return print("\n".join(sorted({key.name for variant in (*variants, *timed) for key in keys(variant)})))
     numerics = gate(args.cases, args.seed, variants) if args.cases else None
     print(f"numerics: {numerics}\n{' ' * 24}" + "".join(name.rjust(9) for name in NAMES) + "    best", flush=True)

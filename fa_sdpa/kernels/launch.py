@@ -138,7 +138,20 @@ def attention_bwd(
     blocks = batch * heads * -(-seqlen_q // plan.tile_m)
     scratch = torch.empty(blocks * plan.scratch_per_block, dtype=torch.float32, device=query.device)
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    arguments = (*inputs, lse.contiguous(), dq, dk, dv, scratch, scale, scale_log2, plan.num_sms, left, right, cap_factor)
+    arguments = (
+        *inputs,
+        lse.contiguous(),
+        dq,
+        dk,
+        dv,
+        scratch,
+        scale,
+        scale_log2,
+        plan.num_sms,
+        left,
+        right,
+        cap_factor,
+    )
     if device == torch.cuda.current_device():
         plan.run(*arguments)
     else:

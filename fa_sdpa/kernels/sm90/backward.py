@@ -5,18 +5,21 @@ For each query row i and each key j that it sees, with c = softmax_scale · log2
     p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
     dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
 
-Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page, `finish`
-rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch memory).
+Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page,
+`finish` rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch
+memory). Each is launched while the one before it ends (griddepcontrol).
 
 A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
-the query blocks of tile_m rows that see it pass by, of every query head of the group. So GQA needs no sums of dK and
-dV in memory. dQ is added to fp32 sums in global memory, 16 bytes a lane straight from registers: through shared memory
-(and a bulk reduction) the same bytes would cross it twice more, and shared memory's bandwidth is what this kernel runs
-into first.
+the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
+needs no sums of dK and dV in memory, and the tiles of a causal head that run at the same time read the same blocks at
+the same time. dQ is added to fp32 sums in global memory, from shared memory by bulk reductions. (Straight from
+registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers are not free until then; that is what
+happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
-    warpgroup 0      producer; its warp 0 issues all TMA loads, the other three warps idle
-    warpgroups 1, 2  five WGMMAs, softmax, dQ's additions, their part of dK and dV
+    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each to its sums and
+                     store its dK and dV; warp 3 idles
+    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV
 
 Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
     64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
@@ -28,23 +31,25 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
+    ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
 
-Named barriers, of the 256 threads of both MMA warpgroups:
-    DS        dS of this block is in shared memory. It has two stages: whoever writes block i + 2 has passed the barrier
-              of block i + 1, to which the other came after its dQ of block i was done
-    P         the same for P, where keys are shared
+Named barriers:
+    TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
+    SCORES         P and dS of the block are in shared memory, 256 threads (shared keys)
+    DQ_EMPTY + i   dQ's shared memory of MMA warpgroup i has been read: its warp arrives (32), i waits (128)
+    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: i arrives (128), its warp waits (32)
 
-Timeline of one MMA warpgroup, block i of a tile (‖: at the same time):
-    wait for S_i: it must be done before anything else is issued, or ptxas, which does not count the groups in flight
-    across the loop's end, serialises all WGMMAs
-    dP_i = V dO_iᵀ            ‖  P_i = 2^(…), rounded
-    dV += P_i dO_i            ‖  dS_i = P_i ∘ (dP_i - δ_i), rounded, to shared memory
-    dK += dS_i Q_i            ‖  barrier DS
-    dQ_i = dS_i K
-    S_{i+1} = K Q_{i+1}ᵀ      ‖  dQ_i is added to its sums; q and do of block i are released
-
-After a tile's last block S is a product of whatever Q's next stage holds, which nothing reads: a branch around a WGMMA
-makes ptxas serialise them all.
+Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
+    wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
+    serialises all WGMMAs
+    dP_i = V dO_iᵀ                                         ‖  P_i = 2^(…);  then dS_i = P_i ∘ (dP_i - δ_i)
+    in this warpgroup's turn, as long as registers last:
+    dV += P_i dO_i, dK += dS_i Q_i, dQ_{i-1} = dS_{i-1} K,  ‖  dS_i to shared memory; dQ_{i-1} to shared memory
+    S_{i+1} = K Q_{i+1}ᵀ
+dQ runs a block late, so that one warpgroup needs the other's dS half a block after it was made: they take turns, one's
+exponentials under the other's WGMMAs. A tile's first dQ and last S are products of whatever shared memory holds, which
+nothing reads: a branch around a WGMMA makes ptxas serialise them all. With shared keys dQ is not late, and there are no
+turns: each block needs all of P and dS at once.
 
 Masks: rows beyond seqlen_q have lse = +inf, so that p = 0. The blocks that need a mask, on the causal diagonal, at a
 window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own.
@@ -63,7 +68,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, pipeline
+from cutlass import Boolean, Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
@@ -77,8 +82,8 @@ from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_s
 from .config import BackwardConfig
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
-DS, P = 1, 2  # named barriers; barrier 0 is the CTA's
-DQ_EMPTY, DQ_FULL = 3, 5  # first of two each, one per MMA warpgroup
+SCORES = 1  # named barriers; barrier 0 is the CTA's
+DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # first of two each, one per MMA warpgroup
 HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
@@ -88,6 +93,8 @@ class Pipelines(NamedTuple):
     v: pipeline.PipelineTmaAsync
     q: pipeline.PipelineTmaAsync
     do: pipeline.PipelineTmaAsync
+    ds_full: cute.Pointer  # mbarriers, one per stage
+    ds_empty: cute.Pointer
 
 
 class Smem(NamedTuple):
@@ -114,8 +121,7 @@ class Layouts(NamedTuple):
 
 
 class Gmem(NamedTuple):
-    """TMA coordinate tensors; dK and dV, where they are stored from registers, as pairs of values, (s_k, d / 2, h_kv, b)
-    Int32."""
+    """TMA coordinate tensors; dK and dV, where they are stored from registers, as pairs of values, (s_k, d / 2, …)."""
 
     k: cute.Tensor  # (s_k, d, h_kv, b)
     v: cute.Tensor  # (s_k, dv, h_kv, b)
@@ -208,7 +214,6 @@ class Backward:
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
-        self.dv_early = self.tile_m == 64
         self.mma_registers, self.producer_registers = config.registers
 
     def _layouts(self) -> Layouts:
@@ -259,6 +264,8 @@ class Backward:
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            ds_full: cute.struct.MemRange[cutlass.Int64, self.stages]
+            ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
@@ -313,9 +320,7 @@ class Backward:
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
         scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
-        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
-            grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream
-        )
+        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
 
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
@@ -335,6 +340,7 @@ class Backward:
             block=[WARPGROUP + THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
+            use_pdl=True,
         )
 
         unit = self.dq_columns if self.dq_by_rows else self.dq_columns // 2
@@ -352,7 +358,7 @@ class Backward:
             self.dtype,
             self.tile_m,
             self.dq_columns,
-        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
+        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(
@@ -394,9 +400,18 @@ class Backward:
             self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
             self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
+            storage.ds_full.data_ptr(),
+            storage.ds_empty.data_ptr(),
         )
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(storage.ds_full.data_ptr() + i, THREADS // 32)
+                    cute.arch.mbarrier_init(storage.ds_empty.data_ptr() + i, THREADS // 32)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
+        cute.arch.griddepcontrol_launch_dependents()
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
@@ -433,9 +448,7 @@ class Backward:
 
     @cute.jit
     def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
-        return query_blocks(
-            n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window
-        )
+        return query_blocks(n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window)
 
     @cute.jit
     def load(
@@ -613,6 +626,9 @@ class Backward:
             place = Place(tidx, wg, lane_row, wg * (self.tile_m // 2))
         regs = self._operands(mmas, smem, wg)
         context = Context(mmas, regs, smem, pipelines, scoring, place)
+        if cutlass.const_expr(self.splits_keys):
+            if wg == 0:
+                cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
@@ -623,7 +639,8 @@ class Backward:
             if cutlass.const_expr(not self.has_window):
                 unmasked_end = end
             first_key = n_block * self.tile_n + place.row
-            left = (end - start) * qhead_per_kvhead
+            total = (end - start) * qhead_per_kvhead
+            left = total
             pipelines.k.consumer_wait(kv_state)
             if left > 0:
                 pipelines.q.consumer_wait(q_state)
@@ -639,21 +656,32 @@ class Backward:
                     for g in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
                         block = first_block + g * blocks + end - 1 - i
-                        self._block(context, q_state, left, limits, sums[None, Int64(block)].iterator)
+                        self._block(
+                            context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator
+                        )
                         q_state.advance()
             for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     block = first_block + g * blocks + unmasked_end - 1 - i
-                    self._block(context, q_state, left, None, sums[None, Int64(block)].iterator)
+                    self._block(context, q_state, left == total - 1, left, None, sums[None, Int64(block)].iterator)
                     q_state.advance()
             for i in cutlass.range(unmasked_start - start, unroll=1):
                 limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     block = first_block + g * blocks + unmasked_start - 1 - i
-                    self._block(context, q_state, left, limits, sums[None, Int64(block)].iterator)
+                    self._block(context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator)
                     q_state.advance()
+            if cutlass.const_expr(self.splits_keys):
+                if total > 0:
+                    cute.arch.mbarrier_wait(
+                        pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
+                    )
+                acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+                warpgroup.wait_group(0)
+                if total > 0:
+                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, sums[None, Int64(0)].iterator)
             warpgroup.wait_group(0)
             pipelines.k.consumer_release(kv_state)
             pipelines.v.consumer_release(kv_state)
@@ -676,6 +704,7 @@ class Backward:
         self,
         context: Context,
         state: pipeline.PipelineState,  # of this block's Q and dO
+        is_first: Boolean,  # of its tile
         left: Int32,  # how many blocks of this tile come after this one
         limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
         target: cute.Pointer,  # this thread's first sum of dQ
@@ -696,29 +725,32 @@ class Backward:
             if cutlass.const_expr(self.has_window):
                 mask_right(regs.acc_S, limits[1], fill)
         self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
-        delta = self._statistics(smem, stage, self.tile_m, place)
-        if cutlass.const_expr(not self.dv_early):
-            warpgroup.wait_group(0)
-            self._score_gradients(regs, acc_dP, delta)
-        tVrP, tKrdS = regs.tVrP, regs.tKrdS
-        if cutlass.const_expr(not self.splits_keys):
-            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place, P)
-            tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
-        issue(mmas.dv, regs.acc_dV, tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
-        if cutlass.const_expr(self.dv_early):
-            warpgroup.wait_group(1)
-            self._score_gradients(regs, acc_dP, delta)
-        tKrQ = regs.tKrQ[None, None, None, stage]
+        warpgroup.wait_group(0)
+        self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
+        tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
+        tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
         if cutlass.const_expr(self.splits_keys):
+            cute.arch.barrier(barrier_id=TURN + place.wg, number_of_threads=THREADS)
+            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
-        self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place, DS)
-        if cutlass.const_expr(not self.splits_keys):
+            cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
+            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+            self._arrive(pipelines.ds_full + stage)
+            dq_stage = 1 - stage
+            if not is_first:
+                cute.arch.mbarrier_wait(pipelines.ds_full + dq_stage, state.phase ^ dq_stage)
+        else:
+            dq_stage = stage
+            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place)
+            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+            cute.arch.barrier(barrier_id=SCORES, number_of_threads=THREADS)
+            tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
+            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         warpgroup.wait_group(1)  # dV: frees the registers of P
-        acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
-        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
-        issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
+        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
         warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
+        cute.arch.sync_warp()  # all lanes have read its statistics
         pipelines.q.consumer_release(state)
         pipelines.do.consumer_release(state)
         following = state.clone()
@@ -726,7 +758,32 @@ class Backward:
         if left > 0:
             pipelines.q.consumer_wait(following)
         self._issue_s(mmas, regs, following)
+        if cutlass.const_expr(self.splits_keys):
+            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
         warpgroup.wait_group(1)
+        if not self.splits_keys or not is_first:
+            self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
+
+    @cute.jit
+    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
+        acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
+        issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
+        return acc_dQ
+
+    @cute.jit
+    def _give_dq(
+        self,
+        acc_dQ: cute.Tensor,
+        smem: Smem,
+        pipelines: Pipelines,
+        place: Place,
+        stage: Int32,
+        target: cute.Pointer,
+    ) -> None:
+        """dQ to the warp that adds it, or to memory right here."""
+        if cutlass.const_expr(self.splits_keys):
+            self._arrive(pipelines.ds_empty + stage)
         if cutlass.const_expr(self.stages_dq):
             cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
             store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
@@ -738,6 +795,13 @@ class Backward:
         else:
             add_fragment(target, acc_dQ, WARPGROUP)
 
+    @cute.jit
+    def _arrive(self, mbarrier: cute.Pointer) -> None:
+        """One arrival for this warp, after all of its lanes."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(mbarrier)
+
     def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
         """(2, n) fp32: lse, or δ from row ``first`` = tile_m on, of this thread's n pairs of queries."""
         queries = self.tile_m if self.splits_keys else self.tile_m // 2
@@ -747,7 +811,7 @@ class Backward:
 
     @cute.jit
     def _weights(self, regs: Operands, lse: cute.Tensor, scoring: Scoring) -> None:
-        """P from S, in 16 bit in rP; in fp32, with the cap's derivative, in the place of S."""
+        """P in the place of S; with a softcap times its derivative there, and P itself in 16 bit in rP."""
         scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
         for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             caps = cute.make_rmem_tensor(8, Float32)
@@ -758,17 +822,16 @@ class Backward:
                     exponent = score * scoring.scale_log2 - pair[i % 2]
                     scores[4 * half + i, k] = cute.math.exp2(exponent, fastmath=True)
                     caps[4 * half + i] = 1.0 - score * score
-            if cutlass.const_expr(self.dv_early or self.has_softcap):
+            if cutlass.const_expr(self.has_softcap):
                 rounded[None, k].store(scores[None, k].load().to(self.dtype))
-            if cutlass.const_expr(scoring.cap_factor is not None):
                 scores[None, k].store(scores[None, k].load() * caps.load())
 
     @cute.jit
     def _score_gradients(self, regs: Operands, acc_dP: cute.Tensor, delta: cute.Tensor) -> None:
-        """dS = P ∘ (dP - δ), in 16 bit in rdS."""
+        """dS = P ∘ (dP - δ), in 16 bit in rdS; P in 16 bit in rP, where a softcap has not left it already."""
         weights, gradients, rounded = self._slices(regs.acc_S), self._slices(acc_dP), self._slices(regs.rdS)
         for k in cutlass.range_constexpr(cute.size(weights, mode=[1])):
-            if cutlass.const_expr(not self.dv_early and not self.has_softcap):
+            if cutlass.const_expr(not self.has_softcap):
                 self._slices(regs.rP)[None, k].store(weights[None, k].load().to(self.dtype))
             for half in cutlass.range_constexpr(2):
                 pair = delta[None, 2 * k + half].load()
@@ -787,15 +850,13 @@ class Backward:
         rounded: cute.Tensor,  # registers, laid out as acc_S
         sX: cute.Tensor,  # (tile_m, tile_n) of one stage
         place: Place,
-        barrier: cutlass.Constexpr[int],
     ) -> None:
-        """Write this warpgroup's part of P or dS to shared memory, and wait until the other has done so."""
+        """Write this warpgroup's part of P or dS to shared memory, for WGMMA."""
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(place.tidx)
         flipped = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
         cute.copy(copy, copy.retile(rounded), copy.partition_D(flipped))
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=THREADS)
 
     @cute.jit
     def _limits(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: Window | None):

@@ -46,6 +46,15 @@ def split_scratch(mScratch: cute.Tensor, blocks: Int64, tile_m: int, values: int
 
 
 @cute.jit
+def _falling_index() -> Int32:
+    """Scratch block of this CTA. The main kernel goes through the heads in rising order: falling order before and after
+    leaves in L2 what is needed next."""
+    index, _, _ = cute.arch.block_idx()
+    count, _, _ = cute.arch.grid_dim()
+    return count - 1 - index
+
+
+@cute.jit
 def find_block(index: Int32, blocks: Int32, heads: Int32) -> tuple[Int32, Int32, Int32]:
     """``(m_block, head, batch)`` of a scratch block."""
     sequence = index // blocks
@@ -60,8 +69,9 @@ def prepare(
     scratch: Scratch,
     tile_m: cutlass.Constexpr[int],
 ):
+    cute.arch.griddepcontrol_launch_dependents()
     tidx, _, _ = cute.arch.thread_idx()
-    index, _, _ = cute.arch.block_idx()
+    index = _falling_index()
     _, heads, seqlen_q, head_dim_v = mO.shape
     m_block, head, batch = find_block(index, cute.ceil_div(seqlen_q, tile_m), heads)
     chunks = head_dim_v // 8  # of 16 bytes
@@ -112,7 +122,7 @@ def finish(
     columns: cutlass.Constexpr[int],
 ):
     tidx, _, _ = cute.arch.thread_idx()
-    index, _, _ = cute.arch.block_idx()
+    index = _falling_index()
     seqlen_q, _, heads, _ = mdQ.shape
     m_block, head, batch = find_block(index, cute.ceil_div(seqlen_q, tile_m), heads)
 
@@ -123,6 +133,7 @@ def finish(
     storage = SmemAllocator().allocate(SharedStorage)
     sdQ = storage.sdQ.get_tensor(sdQ_layout.outer, swizzle=sdQ_layout.inner)
 
+    cute.arch.griddepcontrol_wait()  # for the main kernel's sums
     acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C((tile_m, columns)), Float32)
     values = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, cute.size(acc_dQ) // 4)))
     load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)

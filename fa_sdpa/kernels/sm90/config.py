@@ -124,6 +124,8 @@ class BackwardConfig:
             raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
         if self.smem_bytes > SMEM_PER_BLOCK:
             raise ValueError(f"{self.smem_bytes=} must be at most {SMEM_PER_BLOCK}")
+        if self.splits_keys and not self.stages_dq:
+            raise ValueError(f"{self.tile_n=} leaves no room for dQ")
 
     @property
     def mma_warpgroups(self) -> int:
@@ -192,7 +194,7 @@ class BackwardConfig:
         return self._smem_bytes(self.stages_dq)
 
     def _smem_bytes(self, stages_dq: bool) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO, dS and, where keys are shared, P, and fp32 lse and δ; fp32 dQ."""
+        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
@@ -269,10 +271,12 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
-    tile_m / 2 each of S, dP and dQ. A softcap needs some more.
+    tile_m / 2 each of S, dP and dQ. A softcap needs some more. Shared memory holds 128 keys beside two stages of 64
+    queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to 64) are within 192 KB.
     """
     columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
-    if columns > (192 if softcap else 256):
+    smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
+    if columns > (192 if softcap else 256) or smem > 192 << 10:
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)

@@ -19,9 +19,7 @@ def tiled_mma(
 ) -> cute.TiledMma:
     """fp32 += A Bᵀ; A is (M, K), B is (N, K)."""
     source = warpgroup.OperandSource.RMEM if a_in_registers else warpgroup.OperandSource.SMEM
-    return sm90_helpers.make_trivial_tiled_mma(
-        dtype, dtype, *majors, Float32, (*warpgroups, 1), (64, columns), source
-    )
+    return sm90_helpers.make_trivial_tiled_mma(dtype, dtype, *majors, Float32, (*warpgroups, 1), (64, columns), source)
 
 
 def smem_layout(
