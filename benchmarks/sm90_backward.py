@@ -205,7 +205,7 @@ def contenders(shape: Shape) -> Iterator[tuple[str, Callable[[], Any]]]:
     def backward(out: Tensor, dout: Tensor) -> Callable[[], Any]:
         return functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
 
-    sdpa = functools.partial(
+    sdpa: Callable[..., Tensor] = functools.partial(
         F.scaled_dot_product_attention, is_causal=shape.is_causal, enable_gqa=shape.heads != shape.heads_kv
     )
     yield "torch", backward(sdpa(*leaves), dout)

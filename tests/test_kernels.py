@@ -49,7 +49,30 @@ OPTIONS = [
         (torch.bfloat16, 64, True, False, False, True),
     )
 ]
-KEYS = (*config.all_keys(), *SPREAD, *OPTIONS)
+BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns, stores by TMA and from registers
+    config.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    for dtype, head_dim, head_dim_v, is_causal, window, softcap in (
+        (torch.bfloat16, 64, 64, False, False, False),
+        (torch.float16, 64, 64, True, False, False),
+        (torch.bfloat16, 64, 64, False, True, False),
+        (torch.bfloat16, 64, 64, False, True, True),
+        (torch.bfloat16, 128, 128, False, False, False),
+        (torch.float16, 128, 128, True, False, False),
+        (torch.bfloat16, 128, 128, False, True, False),
+        (torch.bfloat16, 128, 128, False, True, True),
+        (torch.bfloat16, 96, 96, True, False, True),
+        (torch.float16, 8, 8, True, False, False),
+        (torch.bfloat16, 80, 48, True, False, False),
+        (torch.bfloat16, 192, 64, False, True, False),
+        (torch.bfloat16, 64, 192, False, False, False),
+        (torch.bfloat16, 192, 128, True, False, False),
+        (torch.bfloat16, 192, 192, False, True, True),
+        (torch.bfloat16, 256, 256, True, False, False),
+        (torch.float16, 256, 256, False, True, True),
+        (torch.bfloat16, 256, 8, False, False, False),
+    )
+]
+KEYS = (*config.all_keys(), *SPREAD, *OPTIONS, *BACKWARD)
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -78,7 +101,7 @@ def cuda_tool(name: str) -> str:
 
 
 def test_key_names_are_distinct_and_parse_back():
-    assert len({key.name for key in KEYS}) == len(KEYS) == 36
+    assert len({key.name for key in KEYS}) == len(KEYS) == 54
     for key in KEYS:
         assert KernelKey.parse(key.name) == key
     with pytest.raises(ValueError, match="is not a kernel name"):
@@ -118,6 +141,34 @@ def test_key_is_checked_at_birth(change):
 def test_config_is_checked_at_birth(values, message):
     with pytest.raises(ValueError, match=message):
         config.ForwardConfig(*values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((128, 128, 96, 128, 2), "tile_m"),
+        ((128, 128, 64, 96, 2), "tile_n"),
+        ((128, 128, 64, 128, 3), "stages"),
+        ((256, 256, 128, 64, 2), "smem_bytes"),
+        ((240, 16, 64, 128, 2), "tile_n"),
+        ((100, 128, 64, 128, 2), "head_dim"),
+        ((128, 264, 64, 64, 2), "head_dim_v"),
+    ],
+)
+def test_backward_config_is_checked_at_birth(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.BackwardConfig(*values)
+
+
+def test_every_pair_of_head_dims_has_a_backward_tile():
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            for softcap in (False, True):
+                chosen = config.backward_config(head_dim, head_dim_v, softcap)
+                assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                assert chosen.stages_dq or not chosen.splits_keys  # a late dQ is only ever added from shared memory
+                rows = chosen.tile_m * (2 + chosen.dq_columns)
+                assert chosen.scratch_per_block == rows and chosen.dq_columns >= head_dim
 
 
 def test_configs_fit_the_register_file():
@@ -165,6 +216,7 @@ def test_refusal_lists_every_reason():
         dropout_p=0.1,
         scale=-1.0,
         needs_grad=True,
+        deterministic=True,
         last_dim_contiguous=False,
     )
     reasons = kernels.unsupported(call, H100._replace(smem_per_block=101_376))
@@ -175,11 +227,19 @@ def test_refusal_lists_every_reason():
         "attn_mask",
         "dropout",
         "scale",
-        "no_backward",
+        "nondeterministic",
         "strides",
         "shared_memory",
     ]
     assert "84" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
+
+
+def test_gradients_have_a_kernel_except_in_deterministic_mode():
+    for change in ({}, {"window": True}, {"softcap": 30.0}, {"head_dim": 256, "head_dim_v": 8}):
+        assert kernels.unsupported(spec(needs_grad=True, **change), H100) == ()
+    assert kernels.unsupported(spec(deterministic=True), H100) == ()
+    reasons = kernels.unsupported(spec(needs_grad=True, deterministic=True), H100)
+    assert [reason.code for reason in reasons] == ["nondeterministic"]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])

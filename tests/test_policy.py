@@ -35,12 +35,19 @@ def test_modes():
 
 def test_a_refusal_carries_every_reason():
     spec = LLAMA._replace(
-        dtype=torch.float32, mask="bool", dropout_p=0.1, head_dim=33, head_dim_v=33, needs_grad=True, seqlen_q=4
+        dtype=torch.float32,
+        mask="bool",
+        dropout_p=0.1,
+        head_dim=33,
+        head_dim_v=33,
+        needs_grad=True,
+        deterministic=True,
+        seqlen_q=4,
     )
     lacking = Reason("not_installed", "nvidia-cutlass-dsl is not installed")
     decision = decide(spec, H100._replace(missing=(lacking,)))
     assert decision.backend == "native" and lacking in decision.reasons
-    assert set(codes(decision)) >= {"not_installed", "dtype", "attn_mask", "dropout", "head_dim", "no_backward"}
+    assert set(codes(decision)) >= {"not_installed", "dtype", "attn_mask", "dropout", "head_dim", "nondeterministic"}
     assert "below_crossover" in codes(decide(LLAMA._replace(dtype=torch.float32, seqlen_k=4), H100))
     assert str(decision).startswith("native: ") and all(code in str(decision) for code in codes(decision))
 
