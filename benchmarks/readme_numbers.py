@@ -22,7 +22,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def forward(content: dict[str, Any]) -> str:
+def kernels(content: dict[str, Any]) -> str:
     """Ours against the contenders, one row per head dim and mask, one column per seqlen."""
     cells = content["results"]
     seqlens = sorted({cell["seqlen"] for cell in cells})
@@ -44,7 +44,11 @@ def llama(content: dict[str, Any]) -> str:
     return markdown(["tokens/s", "torch", "fa_sdpa", "ratio"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"sm90_forward_h100": forward, "llama_eval_h100": llama}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "sm90_forward_h100": kernels,
+    "sm90_backward_h100": kernels,
+    "llama_eval_h100": llama,
+}
 
 
 def block(name: str) -> str:
