@@ -119,6 +119,7 @@ def test_key_names_are_distinct_and_parse_back():
         {"tile_n": -16},
         {"stages": 0},
         {"window": True, "is_causal": True},
+        {"sink": True, "direction": "backward"},
     ],
 )
 def test_key_is_checked_at_birth(change):

@@ -51,6 +51,8 @@ class KernelKey:
             raise ValueError(f"{self.stages=} must be at least 1")
         if self.window and self.is_causal:
             raise ValueError(f"{self.window=}: its right bound replaces is_causal")
+        if self.sink and self.direction == "backward":
+            raise ValueError(f"{self.sink=}: to the backward a sink is part of lse")
 
     @property
     def name(self) -> str:
