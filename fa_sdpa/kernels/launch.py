@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,7 +24,6 @@ class _Plan(NamedTuple):
 
     run: Kernel
     scale_log2: float  # of the default scale
-    num_sms: int
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -62,10 +62,10 @@ def attention_fwd(
     device = query.get_device()
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    is_plain = left is None and sink is None and not options.softcap
-    wide = is_plain and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, seqlen_q)
     flags = (left is not None, options.softcap > 0.0, sink is not None)
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, flags, device)
+    sequences, num_sms = query.shape[0] * query.shape[1], _num_sms(device)
+    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, sequences, num_sms)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
         scale_log2 = plan.scale_log2
@@ -77,13 +77,18 @@ def attention_fwd(
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out, lse, scale_log2, plan.num_sms, left, right, cap_factor, sink)
+    arguments = (query, key, value, out, lse, scale_log2, num_sms, left, right, cap_factor, sink)
     if device == torch.cuda.current_device():
         plan.run(*arguments)
     else:
         with torch.cuda.device(device):
             plan.run(*arguments)
     return out, lse
+
+
+@functools.cache
+def _num_sms(device: int) -> int:
+    return Target.of(torch.device("cuda", device)).num_sms
 
 
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
@@ -106,7 +111,7 @@ def _make_plan(
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    wide: bool,
+    tile: sm90.Tile,
     flags: tuple[bool, bool, bool],
     device: int,
 ) -> _Plan:
@@ -114,9 +119,9 @@ def _make_plan(
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
     window, softcap, sink = flags
-    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
-    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
-    _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
+    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, tile, window=window, softcap=softcap, sink=sink)
+    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim))
+    _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
     return plan
 
 
