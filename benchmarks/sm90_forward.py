@@ -161,12 +161,16 @@ def contenders() -> dict[str, Call]:
     return calls
 
 
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
+
+
 def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: Tensor | None) -> str:
     """Why ``call`` is not timed in a cell: it raises, or gives something else; empty if it is."""
     try:
         out = call(*tensors, is_causal)  # type: ignore[call-arg, arg-type]
     except Exception as error:  # each peer has its own way to refuse
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+        return _brief(error)
     if expected is None:
         return ""
     off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
@@ -188,7 +192,8 @@ def measure(cell: Cell, group: str, calls: dict[str, Call], only_prepare: bool =
     row: dict[str, Any] = {"group": group, "cell": str(cell), "unit": UNITS[group], "seqlen": cell.seqlen_q}
     row |= cell._asdict() | dict.fromkeys(calls)
     if not only_prepare:
-        for name, ms in (graph_ms if is_graph else bench_ms)(runs, sets).items():
+        times = graph_ms(runs, sets, refused) if is_graph else bench_ms(runs, sets)
+        for name, ms in times.items():
             row[name] = round(1e3 * ms, 2) if is_graph else round(cell.flops / ms / 1e9, 1)
         row["ratio"], row["ratio_cudnn"] = ratio(row), ratio(row, ("cudnn",))
     return row | ({"refused": refused} if refused else {})
@@ -218,14 +223,20 @@ def bench_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
     return in_rounds(list(runs), time_one)
 
 
-def graph_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
-    """ms of one of CALLS calls captured in a CUDA graph, over all input sets in turn."""
+def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> dict[str, float]:
+    """ms of one of CALLS calls captured in a CUDA graph, over all input sets in turn; adds who can't be captured."""
     graphs = {}
     for name, run in runs.items():
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for i in range(CALLS):
-                run(*sets[i % len(sets)])
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for i in range(CALLS):
+                    run(*sets[i % len(sets)])
+            graphs[name] = graph
+        except Exception as error:
+            if name == "ours":
+                raise
+            refused[name] = f"in a CUDA graph: {_brief(error)}"
 
     def time_one(name: str) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -237,7 +248,7 @@ def graph_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
         end.synchronize()
         return start.elapsed_time(end) / (4 * CALLS)
 
-    return in_rounds(list(runs), time_one)
+    return in_rounds(list(graphs), time_one)
 
 
 def ratio(row: dict[str, Any], peers: tuple[str, ...] = PEERS) -> float | None:
