@@ -35,7 +35,7 @@ from fa_sdpa.meta.target import Target  # noqa: E402
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = ("bhsd", "bshd", "sbhd", "packed", "cache", "padded", "unaligned")
 KV_LAYOUTS = (*LAYOUTS, "expanded_heads", "expanded_batch")
-HEADS = ((1, 1), (2, 2), (5, 5), (4, 2), (8, 1), (7, 1), (14, 2), (28, 4), (6, 3), (32, 8), (24, 2), (40, 40))
+HEADS = ((1, 1), (2, 2), (5, 5), (4, 2), (8, 1), (7, 1), (14, 2), (28, 4), (6, 2), (32, 8), (24, 2), (40, 40))
 SEQLENS = (1, 2, 7, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 384, 1000, 1024)
 SCORES = 2**26  # elements of the reference's score matrices
 H100 = Target("cuda", config.ARCH, "NVIDIA H100 80GB HBM3", 132, config.SMEM_PER_BLOCK)
@@ -181,7 +181,8 @@ def inputs(case: Case, source: str = "cuda") -> tuple[Tensor, Tensor, Tensor, Te
         if not case.rising or case.seqlen_k == 0:
             return x
         rows = {"bshd": 1, "packed": 1, "sbhd": 0}.get(case.layout_kv, 2)  # which dimension of the memory they are
-        ramp = torch.linspace(2.0, 0.0, x.shape[rows], device=source)
+        ramp = torch.zeros(x.shape[rows], device=source)
+        ramp[: case.seqlen_k] = torch.linspace(2.0, 0.0, case.seqlen_k, device=source)
         return x + ramp.view(-1, *[1] * (x.dim() - 1 - rows))
 
     query = draw(case.heads, case.seqlen_q, case.head_dim, case.layout_q, fill_query)

@@ -11,10 +11,10 @@ these at the same time fill a peer's disk cache of compiled kernels.
 Numerics: forward_cases.py has the rule. A failing case ends the run with status 1 before anything is timed.
 
 Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), except where a peer wants the former. Contenders take
-turns, in rounds whose order rotates, and each figure is the median over the rounds, so that a card whose power budget
-or temperature drifts does so for all of them alike. Every peer's result is compared with ours before it is timed; one
-that refuses a cell, or gives something else, is null there with its reason. The ratio of a cell is the best peer's time
-over ours: above 1 we are ahead.
+turns, in rounds in which each follows each other one equally often, and each figure is the median over the rounds: a
+card's clock depends on its power and heat, so on what ran before, and that is the same for all of them. Every peer's
+result is compared with ours before it is timed; one that refuses a cell, or gives something else, is null there with
+its reason. The ratio of a cell is the best peer's time over ours: above 1 we are ahead.
 
     grid, breadth      TFLOP/s from 2·B·H·Sq·Sk·(D + Dv) flops, halved when causal; 16,384 tokens and, except for GQA,
                        2048 // d heads; each round is do_bench's median (L2 flushed before each call)
@@ -47,7 +47,7 @@ from fa_sdpa.kernels import launch  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 
 TOKENS = 16384
-ROUNDS = 5
+ROUNDS = 10  # at least
 CALLS = 64  # captured in one graph
 L2_BYTES = 50 << 20
 PEERS = ("torch", "cudnn", "flash2", "fa4")
@@ -203,13 +203,20 @@ def _bound(call: Call, is_causal: bool) -> Run:
     return lambda query, key, value: call(query, key, value, is_causal)
 
 
+def orders(count: int) -> list[list[int]]:
+    """ROUNDS or more orders of ``count`` contenders; within them each follows each other one equally often."""
+    zigzag = [(i + 1) // 2 if i % 2 else (count - i // 2) % count for i in range(count)]
+    rows = [[(x + shift) % count for x in zigzag] for shift in range(count)]
+    rows += [row[::-1] for row in rows]  # what balances an odd count
+    return rows * math.ceil(ROUNDS / len(rows))
+
+
 def in_rounds(names: list[str], time_one: Callable[[str], float]) -> dict[str, float]:
-    """Median of ``time_one`` over ROUNDS rounds over the contenders, each round beginning with another one."""
+    """Median of ``time_one`` over rounds over the contenders."""
     times: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(ROUNDS):
-        first = i % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(time_one(name))
+    for order in orders(len(names)):
+        for i in order:
+            times[names[i]].append(time_one(names[i]))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -218,7 +225,7 @@ def bench_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
     from triton.testing import do_bench
 
     def time_one(name: str) -> float:
-        return do_bench(lambda: runs[name](*sets[0]), warmup=8, rep=25, return_mode="median")
+        return do_bench(lambda: runs[name](*sets[0]), warmup=8, rep=15, return_mode="median")
 
     return in_rounds(list(runs), time_one)
 
@@ -242,11 +249,11 @@ def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> 
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         graphs[name].replay()
         start.record()
-        for _ in range(4):
+        for _ in range(3):
             graphs[name].replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / (4 * CALLS)
+        return start.elapsed_time(end) / (3 * CALLS)
 
     return in_rounds(list(graphs), time_one)
 

@@ -9,7 +9,9 @@ tests/test_kernels.py checks that no code path of the random numerics cases is m
 kernels that a bundle must hold.
 
 Only our kernels are looked at. Inputs are drawn on the CPU and copied, so that initcheck knows them written without
-looking at any kernel of torch's, and the reference is computed on the CPU.
+looking at any kernel of torch's, and the reference is computed on the CPU. initcheck sees plain loads and stores, but
+neither what TMA loads nor what it stores: it must report a control, a sink that nobody wrote, and it does not check
+copies to the CPU, where it took every output for uninitialised, with a backtrace for each run of bytes.
 """
 
 from __future__ import annotations
