@@ -6,7 +6,7 @@ that is above 1). Outputs are filled with NaN before each launch. Every case has
 `check(random_case(seed, index, variants), seed, index)` alone draws the same call and the same data again.
 
 Sizes are random up to 16k, with batch and heads then chosen so that the reference's (B, H, Sq, Sk) scores stay within
-SCORES, which keeps 5,000 cases within two or three minutes of an H100.
+SCORES, which keeps 5,000 cases within half a minute of an H100.
 """
 
 from __future__ import annotations
