@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -63,7 +62,7 @@ def attention_fwd(
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
     flags = (left is not None, options.softcap > 0.0, sink is not None)
-    sequences, num_sms = query.shape[0] * query.shape[1], _num_sms(device)
+    sequences, num_sms = query.shape[0] * query.shape[1], Target.of(query.device).num_sms
     tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, sequences, num_sms)
     wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
@@ -84,11 +83,6 @@ def attention_fwd(
         with torch.cuda.device(device):
             plan.run(*arguments)
     return out, lse
-
-
-@functools.cache
-def _num_sms(device: int) -> int:
-    return Target.of(torch.device("cuda", device)).num_sms
 
 
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
