@@ -107,8 +107,9 @@ Tile = Literal["small", "normal", "wide"]
 WIDE_KEYS = {64: 128, 96: 96}
 # From how many query rows on it serves a call, by is_causal and head dim. For speed, measured on an H100 (bf16, 16k
 # tokens; docs/kernels/sm90_forward.md): d64 is 8-30 % ahead of the normal tile at 512 … 16k without a mask, 6-19 % from
-# 4k on where causal, and 10 % and more behind below that; d80 and d96 win 8-19 % at 4k and lose 3-9 % at 1k.
-WIDE_FROM = {(False, 64): 512, (True, 64): 4096, (False, 96): 2048, (True, 96): 4096}
+# 4k on where causal, and 10 % and more behind at 2k; d80 and d96 win 6-19 % from 1.5k on and lose 3-9 % at 1k, causal
+# 1-11 % from 3k on and lose 6-7 % at 2k.
+WIDE_FROM = {(False, 64): 512, (True, 64): 4096, (False, 96): 1536, (True, 96): 3072}
 WIDE_TIME = 0.8  # of a wide tile, per row, where the normal one takes 1
 
 
