@@ -62,8 +62,13 @@ def attention_fwd(
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
     flags = (left is not None, options.softcap > 0.0, sink is not None)
-    sequences, num_sms = query.shape[0] * query.shape[1], Target.of(query.device).num_sms
-    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, sequences, num_sms)
+    batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
+    rows = query, out, lse
+    if seqlen_q == 1 and not is_causal and left is None and sink is None:
+        if sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms):
+            rows = _packed(query, out, lse, key.shape[1])
+            heads, seqlen_q = key.shape[1], heads // key.shape[1]
+    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms)
     wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
@@ -75,8 +80,9 @@ def attention_fwd(
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
+    query, out_rows, lse_rows = rows
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out, lse, scale_log2, num_sms, left, right, cap_factor, sink)
+    arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
     if device == torch.cuda.current_device():
         plan.run(*arguments)
     else:
@@ -117,6 +123,18 @@ def _make_plan(
     plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim))
     _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
     return plan
+
+
+def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of tensors with one query per head, where the heads that share a key/value head are rows of one head."""
+    batch, heads = lse.shape[:2]
+    group = heads // heads_kv
+
+    def pack(x: Tensor) -> Tensor:
+        of_batch, of_head, _, unit = x.stride()
+        return x.as_strided((batch, heads_kv, group, x.shape[3]), (of_batch, group * of_head, of_head, unit))
+
+    return pack(query), pack(out), lse.view(batch, heads_kv, group)
 
 
 def _addressable(x: Tensor) -> Tensor:

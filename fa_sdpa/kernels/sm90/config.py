@@ -145,6 +145,16 @@ def forward_tile(
     return "wide" if wide_time <= time else "normal"
 
 
+def packs_gqa(group: int, sequences: int, num_sms: int) -> bool:
+    """Whether the ``group`` query heads of a key/value head should be rows of one tile, where each has one query that
+    sees all keys (with more queries it would depend on strides, and results with it).
+
+    K and V are then read once instead of ``group`` times. With fewer sequences (batch · query heads) than SMs that
+    gains nothing, as each SM reads at its own limit and fewer would be at work.
+    """
+    return group > 1 and sequences > num_sms
+
+
 @functools.cache
 def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal") -> ForwardConfig:
     """Tile for a pair of head dims; ValueError for head dims, or a tile, that no kernel has.
