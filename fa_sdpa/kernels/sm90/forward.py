@@ -418,34 +418,10 @@ class Forward:
         k_state.advance()
         self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
         while is_valid:
-            end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
             first_row = m_block * self.tile_m + tile_row
-            masked = cutlass.max(end - 1 - unmasked_end, 0)
-            if cutlass.const_expr(self.has_window):
-                start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
-                masked = cutlass.min(masked, end - 1 - start)
-            for i in cutlass.range(masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._mask(acc_S, first_row, seqlen_k, end - 2 - i, scoring.window)
-                self._softmax(acc_S, regs, scoring)
-                k_state.advance()
-                v_state.advance()
-            unmasked = end - 1 - masked
-            if cutlass.const_expr(self.has_window):
-                unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
-            for _ in cutlass.range(unmasked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._softmax(acc_S, regs, scoring)
-                k_state.advance()
-                v_state.advance()
-            if cutlass.const_expr(self.has_window):
-                visited = masked + unmasked
-                for i in cutlass.range(end - 1 - visited - start, unroll=1):
-                    acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                    self._mask(acc_S, first_row, seqlen_k, end - 2 - visited - i, scoring.window)
-                    self._softmax(acc_S, regs, scoring)
-                    k_state.advance()
-                    v_state.advance()
+            k_state, v_state = self._visit(
+                mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, m_block, first_row, seqlen_k, scoring
+            )
             pipelines.q.consumer_release(q_state)
             q_state.advance()
 
@@ -488,6 +464,52 @@ class Forward:
             self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _visit(
+        self,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        regs: Operands,
+        pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        wg: Int32,
+        m_block: Int32,
+        first_row: Int32,
+        seqlen_k: Int32,
+        scoring: Scoring,
+    ) -> tuple[pipeline.PipelineState, pipeline.PipelineState]:
+        """All key blocks of a tile but its first; the states of K and V afterwards."""
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
+        masked = cutlass.max(end - 1 - unmasked_end, 0)
+        if cutlass.const_expr(self.has_window):
+            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
+            masked = cutlass.min(masked, end - 1 - start)
+        for i in cutlass.range(masked, unroll=1):
+            acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+            self._mask(acc_S, first_row, seqlen_k, end - 2 - i, scoring.window)
+            self._softmax(acc_S, regs, scoring)
+            k_state.advance()
+            v_state.advance()
+        unmasked = end - 1 - masked
+        if cutlass.const_expr(self.has_window):
+            unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
+        for _ in cutlass.range(unmasked, unroll=1):
+            acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+            self._softmax(acc_S, regs, scoring)
+            k_state.advance()
+            v_state.advance()
+        if cutlass.const_expr(self.has_window):
+            visited = masked + unmasked
+            for i in cutlass.range(end - 1 - visited - start, unroll=1):
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                self._mask(acc_S, first_row, seqlen_k, end - 2 - visited - i, scoring.window)
+                self._softmax(acc_S, regs, scoring)
+                k_state.advance()
+                v_state.advance()
+        return k_state, v_state
 
     @cute.jit
     def _wait_tile(
