@@ -437,17 +437,14 @@ class Forward:
             if cutlass.const_expr(self.q_stages == 2):
                 self._wait_tile(pipelines, q_state, k_state, is_valid)
             self._wait_turn(wg)
-            if cutlass.const_expr(self.q_stages == 2):
-                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             pipelines.v.consumer_wait(v_state)
             self._issue_pv(mma_pv, regs, v_state)
+            if cutlass.const_expr(self.q_stages == 2):
+                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             self._pass_turn(wg, to_next=True)
-            warpgroup.wait_group(0)
+            warpgroup.wait_group(self.q_stages - 1)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
-            if cutlass.const_expr(self.q_stages == 2):
-                if is_valid:
-                    pipelines.k.consumer_release(k_state)
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, scoring.scale_log2, sink)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
             if cutlass.const_expr(self.stores_by_tma):
@@ -457,11 +454,11 @@ class Forward:
             if cutlass.const_expr(self.q_stages == 1):
                 self._wait_tile(pipelines, q_state, k_state, is_valid)
                 self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
-                warpgroup.wait_group(0)
-                if is_valid:
-                    pipelines.k.consumer_release(k_state)
+            warpgroup.wait_group(0)
+            if is_valid:
+                pipelines.k.consumer_release(k_state)
+                self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
             k_state.advance()
-            self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
 
