@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..meta.shapes import empty_out_lse
-from ..meta.spec import Options
+from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
-from . import family_of
-from .compile import Kernel, kernel
+from . import family_of, jit
+from .compile import Kernel, KernelUnavailable, kernel
+from .key import KernelKey
 from .sm90 import config as sm90
 
 LOG2_E = math.log2(math.e)
@@ -86,6 +87,30 @@ def attention_fwd(
     return out, lse
 
 
+def keys(spec: AttentionSpec, target: Target) -> tuple[KernelKey, ...]:
+    """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU. A length that is
+    symbolic may be any."""
+    if family_of(target) != "sm90":
+        return ()
+    left, is_causal = spec.window, spec.is_causal
+    if spec.bottom_right and is_causal and not left:
+        options = Options(is_causal, bottom_right=True)
+        is_causal, bound, _ = _visible(options, spec.seqlen_q, spec.seqlen_k)
+        left = bound is not None
+    flags = (left, spec.softcap > 0.0, spec.sink)
+    head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
+    lengths = (spec.seqlen_q,) if isinstance(spec.seqlen_q, int) else (1, 2**62)
+    wide = {not any(flags) and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, length) for length in lengths}
+    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not left, w, flags) for w in sorted(wide))
+
+
+def _key(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, flags: tuple[bool, bool, bool]
+) -> KernelKey:
+    window, softcap, sink = flags
+    return sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
+
+
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
     """``(is_causal, left, right)``: row i sees the keys i + left … i + right or, where these are None, all keys or
     those up to i. A window that comes down to one of these two needs no kernel of its own."""
@@ -113,11 +138,21 @@ def _make_plan(
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    window, softcap, sink = flags
-    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
+    key = _key(dtype, head_dim, head_dim_v, is_causal, wide, flags)
+    if not jit.loaded(key) and jit.capturing():
+        raise KernelUnavailable(f"kernel {key.name} is not loaded, and a CUDA graph is captured: call it once before")
     plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
-    _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
-    return plan
+
+    def first(*arguments: object) -> None:
+        """Only the first launch loads the code onto the device, and may find that it does not fit."""
+        try:
+            plan.run(*arguments)
+        except Exception as error:
+            jit.fail(key, error)
+            raise KernelUnavailable(f"kernel {key.name} cannot be launched: {error}") from error
+        _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
+
+    return plan._replace(run=first)
 
 
 def _addressable(x: Tensor) -> Tensor:
