@@ -169,17 +169,18 @@ def _wanted_kernels(args: argparse.Namespace) -> list[KernelKey]:
         raise ValueError("there is no GPU here: name one with --arch sm_90")
     target = Target("cuda", args.arch) if args.arch else Target.of(torch.device("cuda"))
     dtype = DTYPES[args.dtype] if args.dtype else None
-    specs = [spec for model in args.model for spec in warm.specs_of_model(model, dtype)]
-    specs += [spec for path in args.calls for spec in calls.read(path)]
+    models = [spec for model in args.model for spec in warm.specs_of_model(model, dtype)]
+    specs = [spec for path in args.calls for spec in calls.read(path)]
     for batch, heads, seqlen, dim in args.shape:
         plain = AttentionSpec(dtype or torch.bfloat16, batch, heads, heads, seqlen, seqlen, dim, args.dv or dim)
         specs.append(plain._replace(is_causal=args.causal, needs_grad=args.grad))
-    if not specs and not args.kernel:
+    if not models and not specs and not args.kernel:
         return warm.common_keys(target)
-    keys, refusals = warm.keys_of(specs, target)
-    for refusal in refusals:
+    of_models, refused = warm.keys_of(models, target, any_size=True)
+    of_calls, refused_too = warm.keys_of(specs, target)
+    for refusal in dict.fromkeys((*refused, *refused_too)):
         print(f"no kernel for some of these calls: {refusal}", file=sys.stderr)
-    keys = list(dict.fromkeys((*keys, *args.kernel)))
+    keys = list(dict.fromkeys((*of_models, *of_calls, *args.kernel)))
     if not keys:
         raise ValueError("there is no kernel for any of these calls")
     return keys

@@ -38,7 +38,6 @@ PRESETS: dict[str, tuple[int, ...]] = {  # name → head dims
     "bert": (64,),
     "whisper": (64,),
 }
-ANY_LENGTH = (1, 2**31)  # a kernel may depend on whether a sequence is short or long
 
 
 class Outcome(NamedTuple):
@@ -53,7 +52,7 @@ class Outcome(NamedTuple):
 
 
 def specs_of_model(model: str, dtype: torch.dtype | None = None) -> list[AttentionSpec]:
-    """What a model may ask for: prefill, decoding and training, at any length.
+    """What a model may ask for: prefill, decoding and training. The sizes mean nothing: for ``keys_of(any_size=True)``.
 
     Args:
         model: a name of PRESETS, or the path of a transformers ``config.json``.
@@ -72,11 +71,10 @@ def specs_of_model(model: str, dtype: torch.dtype | None = None) -> list[Attenti
         if not found:
             raise ValueError(f"{model} names no head dim: neither head_dim nor hidden_size and num_attention_heads")
     return [
-        AttentionSpec(dtype or own, 1, 1, 1, length, length, dim, dim_v, is_causal=is_causal, needs_grad=needs_grad)
+        AttentionSpec(dtype or own, 1, 1, 1, 1, 1, dim, dim_v, is_causal=is_causal, needs_grad=needs_grad)
         for (dim, dim_v), own in found.items()
         for needs_grad in (False, True)
         for is_causal in (False, True)
-        for length in ANY_LENGTH
     ]
 
 
@@ -98,8 +96,11 @@ def _attention_of(config: dict[str, Any], dtype: torch.dtype) -> Iterable[tuple[
             yield from _attention_of(inner, dtype)
 
 
-def keys_of(specs: Iterable[AttentionSpec], target: Target) -> tuple[list[KernelKey], list[str]]:
-    """The kernels that run these calls on ``target``, each once, and why some calls have none."""
+def keys_of(
+    specs: Iterable[AttentionSpec], target: Target, *, any_size: bool = False
+) -> tuple[list[KernelKey], list[str]]:
+    """The kernels that run these calls on ``target``, each once, and why some calls have none. With ``any_size`` the
+    calls may come in all sizes."""
     keys: dict[KernelKey, None] = {}
     refusals: dict[str, None] = {}
     for spec in specs:
@@ -107,7 +108,7 @@ def keys_of(specs: Iterable[AttentionSpec], target: Target) -> tuple[list[Kernel
         if reasons:
             refusals["; ".join(map(str, reasons))] = None
         else:
-            keys.update(dict.fromkeys(launch.keys(spec, target)))
+            keys.update(dict.fromkeys(launch.keys(spec, target, any_size=any_size)))
     return list(keys), list(refusals)
 
 

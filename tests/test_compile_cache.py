@@ -715,7 +715,7 @@ def test_symbolic_lengths_need_every_tile():
         return graph
 
     torch.compile(lambda x: x * 2, dynamic=True, backend=backend)(torch.ones(16))
-    assert len(either) == 2 and set(found[0]) == either
+    assert len(either) == 2 and set(found[0]) == either == set(launch.keys(spec, H100, any_size=True))
     assert launch.keys(spec, Target("cpu")) == ()
 
 
@@ -736,7 +736,7 @@ LLAMA = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 
 )
 def test_kernels_of_a_model(content, dims, dtype, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(content))
-    keys, _ = warm.keys_of(warm.specs_of_model(str(tmp_path / "config.json")), H100)
+    keys, _ = warm.keys_of(warm.specs_of_model(str(tmp_path / "config.json")), H100, any_size=True)
     assert {(key.head_dim, key.head_dim_v) for key in keys} == {dims} and {key.dtype for key in keys} == {dtype}
     assert {key.is_causal for key in keys if key.direction == "forward"} == {False, True}
     assert {key.tile_m for key in keys if key.direction == "forward"} == ({128, 192} if dims == (64, 64) else {128})
@@ -788,6 +788,26 @@ def test_a_recorded_run_says_what_to_compile(tmp_path, capsys):
     (tmp_path / "calls.json").write_text("[]")
     with pytest.raises(SystemExit, match="calls.json"):
         listed(capsys, f"--arch sm_90 --calls {tmp_path / 'calls.json'}")
+
+
+def test_doctor_shows_the_cache(capsys, monkeypatch, tmp_path):
+    opened().store(compiling.entry_name(KEY), ELF)
+    opened().store("older-0123", ELF)
+    main(["doctor"])
+    text = capsys.readouterr().out
+    assert f"folder: {opened().directory}" in text and "kernels: 1 of this version, 1 of others" in text
+    assert "of at most 1 MB" in text and "C linker" in text
+    opened().directory.chmod(0o777)
+    monkeypatch.setenv("FA_SDPA_BUNDLE", str(tmp_path / "absent"))
+    main(["doctor", "--json"])
+    lines = json.loads(capsys.readouterr().out)["cache"]
+    assert "absent cannot be read" in lines[0] and "others can write to" in lines[1]
+
+
+def test_run_takes_jit(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--jit", "sometimes", "script.py"])
+    assert "sometimes" in capsys.readouterr().err
 
 
 # ---- the compiler itself ---------------------------------------------------------------------------------------------

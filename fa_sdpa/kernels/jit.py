@@ -22,7 +22,7 @@ from ..meta.spec import Reason
 from . import FAMILIES
 from . import compile as compiling
 from .cache import open_cache, say_once
-from .compile import loaded
+from .compile import KernelUnavailable, loaded
 from .key import KernelKey
 from .worker import Worker
 
@@ -101,6 +101,30 @@ def _prospect(absent: Sequence[KernelKey], jit: Jit) -> Reason | None:
     running = all(key in _threads for key in cold)
     text = "are being compiled in the background" if running else "will be compiled in the background by the first call"
     return Reason("compiling", f"kernels {text}: {names}")
+
+
+def kernel(key: KernelKey) -> compiling.Kernel:
+    """The kernel of ``key``, compiled now if need be. Raises KernelUnavailable if it cannot be had, or in a capture."""
+    if not loaded(key) and capturing():
+        raise KernelUnavailable(f"kernel {key.name} is not loaded, and a CUDA graph is captured: call it once before")
+    return compiling.kernel(key)
+
+
+def first_launch(key: KernelKey, run: compiling.Kernel, keep: Callable[[], None]) -> compiling.Kernel:
+    """``run`` for the first launch, which is the one that brings the code onto the device and finds whether it fits.
+
+    Calls ``keep`` if it does. If not, the kernel has failed, and KernelUnavailable is raised.
+    """
+
+    def launch(*arguments: object) -> None:
+        try:
+            run(*arguments)
+        except Exception as error:
+            fail(key, error)
+            raise KernelUnavailable(f"kernel {key.name} cannot be launched: {error}") from error
+        keep()
+
+    return launch
 
 
 def fail(key: KernelKey, error: BaseException | str) -> None:
@@ -208,7 +232,7 @@ def _ask(key: KernelKey, inherit: tuple[int, ...] = (), **request: object) -> st
     finally:
         worker.close()
     if answer["error"] and not answer["disk"]:
-        raise compiling.KernelUnavailable(answer["error"])
+        raise KernelUnavailable(answer["error"])
     return answer["error"] or ""
 
 

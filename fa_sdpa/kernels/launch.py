@@ -11,8 +11,9 @@ from torch import Tensor
 from ..meta.shapes import empty_out_lse
 from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
-from . import family_of, jit
-from .compile import Kernel, KernelUnavailable, kernel
+from . import family_of
+from .compile import Kernel
+from .jit import first_launch, kernel
 from .key import KernelKey
 from .sm90 import config as sm90
 
@@ -51,7 +52,8 @@ def attention_fwd(
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
-        KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
+        KernelUnavailable: the kernel is in no bundle and cannot be compiled here, or not now, in a CUDA graph capture;
+            or its first launch failed.
     """
     out, lse = empty_out_lse(query, value)
     if lse.numel() == 0:
@@ -87,21 +89,23 @@ def attention_fwd(
     return out, lse
 
 
-def keys(spec: AttentionSpec, target: Target) -> tuple[KernelKey, ...]:
-    """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU. A length that is
-    symbolic may be any."""
+def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:
+    """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU.
+
+    Sizes that are symbolic may be any, and with ``any_size`` all may.
+    """
     if family_of(target) != "sm90":
         return ()
-    left, is_causal = spec.window, spec.is_causal
-    if spec.bottom_right and is_causal and not left:
-        options = Options(is_causal, bottom_right=True)
-        is_causal, bound, _ = _visible(options, spec.seqlen_q, spec.seqlen_k)
-        left = bound is not None
-    flags = (left, spec.softcap > 0.0, spec.sink)
+    window, is_causal = spec.window, spec.is_causal
+    if spec.bottom_right and is_causal and not window:
+        is_causal, left, _ = _visible(Options(True, bottom_right=True), spec.seqlen_q, spec.seqlen_k)
+        window = left is not None
+    flags = (window, spec.softcap > 0.0, spec.sink)
     head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
-    lengths = (spec.seqlen_q,) if isinstance(spec.seqlen_q, int) else (1, 2**62)
+    known = isinstance(spec.seqlen_q, int) and not any_size
+    lengths = (spec.seqlen_q,) if known else (1, 2**62)
     wide = {not any(flags) and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, length) for length in lengths}
-    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not left, w, flags) for w in sorted(wide))
+    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not window, w, flags) for w in sorted(wide))
 
 
 def _key(
@@ -139,20 +143,12 @@ def _make_plan(
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
     key = _key(dtype, head_dim, head_dim_v, is_causal, wide, flags)
-    if not jit.loaded(key) and jit.capturing():
-        raise KernelUnavailable(f"kernel {key.name} is not loaded, and a CUDA graph is captured: call it once before")
     plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
 
-    def first(*arguments: object) -> None:
-        """Only the first launch loads the code onto the device, and may find that it does not fit."""
-        try:
-            plan.run(*arguments)
-        except Exception as error:
-            jit.fail(key, error)
-            raise KernelUnavailable(f"kernel {key.name} cannot be launched: {error}") from error
+    def keep() -> None:
         _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
 
-    return plan._replace(run=first)
+    return plan._replace(run=first_launch(key, plan.run, keep))
 
 
 def _addressable(x: Tensor) -> Tensor:
