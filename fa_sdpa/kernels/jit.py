@@ -149,7 +149,9 @@ def preload() -> None:
 
 def wait(timeout: float | None = None) -> bool:
     """Wait until nothing is compiled in the background; whether that came within ``timeout`` seconds."""
-    for thread in list(_threads.values()):
+    with _lock:
+        threads = list(_threads.values())
+    for thread in threads:
         thread.join(timeout)
     return not _threads
 
@@ -178,7 +180,10 @@ def _start(key: KernelKey) -> None:
             return
         thread = threading.Thread(target=_run, args=(key,), name=f"{THREADS}{key.name}", daemon=True)
         _threads[key] = thread
-    thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down
+            del _threads[key]
 
 
 def _run(key: KernelKey) -> None:
