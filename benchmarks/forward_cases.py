@@ -357,7 +357,7 @@ def keys_of(cases: Iterable[Case], target: Target = H100) -> list[KernelKey]:
         on_target(target),
         mock.patch.object(launch, "kernel", record),
         mock.patch.object(launch, "_addressable", lambda x: x),
-        mock.patch.object(launch, "empty_out_lse", lambda query, value: (query, query)),
+        mock.patch.object(launch, "empty_out_lse", lambda query, value: (query, query.new_empty(query.shape[:3]))),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     ):
         for case in cases:

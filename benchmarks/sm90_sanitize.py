@@ -96,10 +96,24 @@ def cases() -> list[tuple[Case, int]]:
         (Case("bf16", 64, 64, 20, 16, 16, 450, 700, causal), 132),  # paired, an even number of blocks
         (Case("fp16", 128, 128, 12, 8, 8, 620, 620, causal), 132),  # paired, an odd number of blocks
         (Case("bf16", 64, 64, 1, 2, 2, 1100, 1100), 3),  # the wide tile
+        (Case("bf16", 96, 96, 1, 1, 1, 2100, 300), 3),
+        (Case("bf16", 128, 128, 3, 8, 8, 50, 300), 7),  # the small tile, several to a CTA
         (Case("bf16", 64, 64, 1, 1, 1, 8200, 500, causal), 3),
     ]
     small = [*((case, 3) for case in plain), *((case, 2) for case in (*others, *optional))]
     return [*((case._replace(spread=4.0, rising=True), num_sms) for case, num_sms in small), *orders]
+
+
+def keys() -> set[KernelKey]:
+    """The kernels that the cases launch."""
+    from forward_cases import H100, keys_of
+
+    return {
+        key
+        for case, num_sms in cases()
+        for target in (H100, H100._replace(num_sms=num_sms))
+        for key in keys_of([case], target)
+    }
 
 
 def run_cases() -> None:
@@ -201,15 +215,7 @@ def main() -> None:
     if args.run_control:
         return run_control()
     if args.list_keys:
-        from forward_cases import H100, keys_of
-
-        keys = {
-            key.name
-            for case, sms in cases()
-            for target in (H100, H100._replace(num_sms=sms))
-            for key in keys_of([case], target)
-        }
-        return print("\n".join(sorted(keys)))
+        return print("\n".join(sorted(key.name for key in keys())))
     with concurrent.futures.ThreadPoolExecutor(len(args.tools)) as pool:
         results = list(pool.map(lambda tool: sanitize(tool, args.timeout), args.tools))
     for result in results:

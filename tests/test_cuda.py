@@ -98,6 +98,22 @@ def test_options(sq, sk, has_sink, options):
 
 
 @pytest.mark.parametrize("d", [64, 80, 128, 256])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "padded"])
+@pytest.mark.parametrize(("heads", "heads_kv"), [(32, 8), (28, 4), (16, 1), (70, 1)])
+def test_one_query_per_head(heads, heads_kv, layout):
+    q, k, v = inputs(batch=9, heads=heads, heads_kv=heads_kv, sq=1, sk=1500, d=128)
+    q, k, v = (with_layout(x.contiguous(), layout) for x in (q, k, v))
+    for options in ({}, {"softcap": 20.0}, {"is_causal": True}, {"is_causal": True, "bottom_right": True}):
+        out, lse = fwd(q, k, v, **options)
+        wide = [x.double() for x in (q, k, v)]
+        expected, expected_lse = reference.attention(*wide, **options)
+        baseline, _ = reference.attention(q, k, v, **options)
+        assert out.stride() == torch.empty_like(q).stride()
+        assert reference.excess(out, expected, baseline) <= 0, reference.worst(out, expected)
+        torch.testing.assert_close(lse, expected_lse.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_left": 90, "softcap": 15.0}], ids=str)
 def test_same_values_through_any_strides_give_the_same_bits(options, d):
     q, k, v = (x.contiguous() for x in inputs(heads=4, heads_kv=2, sk=301, d=d))

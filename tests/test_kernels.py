@@ -134,8 +134,8 @@ def test_config_is_checked_at_birth(values, message):
 
 
 def test_configs_fit_the_register_file():
-    for head_dim, wide in ((64, False), (64, True), (128, False)):
-        chosen = config.forward_config(head_dim, head_dim, wide)
+    for head_dim, tile in ((64, "small"), (64, "normal"), (64, "wide"), (96, "wide"), (128, "normal")):
+        chosen = config.forward_config(head_dim, head_dim, tile)
         mma, producer = chosen.registers
         assert 128 * (chosen.mma_warpgroups * mma + producer) <= 65536
         assert mma % 8 == producer % 8 == 0
@@ -144,11 +144,38 @@ def test_configs_fit_the_register_file():
 def test_every_pair_of_head_dims_has_a_tile():
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
-            chosen = config.forward_config(head_dim, head_dim_v)
-            assert chosen.tile_n >= 80 and chosen.smem_bytes <= config.SMEM_PER_BLOCK
-            assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
+            for tile in config.forward_tiles(head_dim, head_dim_v, has_options=False):
+                chosen = config.forward_config(head_dim, head_dim_v, tile)
+                assert chosen.tile_n >= (64 if tile == "small" else 80)
+                assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
     with pytest.raises(ValueError, match="wide"):
-        config.forward_config(64, 72, wide=True)
+        config.forward_config(64, 104, "wide")
+
+
+@pytest.mark.parametrize(
+    ("call", "tile"),
+    [
+        # head_dim, is_causal, has_options, seqlen_q, sequences
+        ((128, True, False, 512, 16), "small"),
+        ((128, True, True, 512, 16), "small"),
+        ((128, True, False, 1024, 16), "normal"),
+        ((80, False, False, 64, 84 * 16), "small"),
+        ((80, False, False, 65, 84 * 16), "normal"),
+        ((64, False, False, 512, 1024), "wide"),
+        ((64, False, True, 512, 1024), "normal"),
+        ((64, False, False, 256, 2048), "normal"),
+        ((64, False, False, 1024, 16), "normal"),  # 96 wide tiles, which would take one wave as 128 normal ones do
+        ((64, True, False, 2048, 256), "normal"),
+        ((64, True, False, 4096, 128), "wide"),
+        ((96, False, False, 4096, 84), "wide"),
+        ((128, False, False, 4096, 64), "normal"),
+    ],
+)
+def test_tile_of_a_call(call, tile):
+    head_dim, *rest = call
+    assert config.forward_tile(head_dim, head_dim, *rest, num_sms=132) == tile
+    assert tile in config.forward_tiles(head_dim, head_dim, rest[1])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -333,8 +360,8 @@ def test_every_variant_compiles_without_spills(usage, key):
 
 def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     reached = keys_of(random_case(0, index, BREADTH) for index in range(3000))
-    sanitized = [key for case, _ in sm90_sanitize.cases() for key in keys_of([case])]
-    assert {sm90_sanitize.code_path(key) for key in reached} <= {sm90_sanitize.code_path(key) for key in sanitized}
+    sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
+    assert {sm90_sanitize.code_path(key) for key in reached} <= sanitized
 
 
 def test_bundle_serves_its_kernels(bundle, monkeypatch):

@@ -25,7 +25,6 @@ class _Plan(NamedTuple):
 
     run: Kernel
     scale_log2: float  # of the default scale
-    num_sms: int
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -65,10 +64,15 @@ def attention_fwd(
     device = query.get_device()
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    is_plain = left is None and sink is None and not options.softcap
-    wide = is_plain and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, seqlen_q)
     flags = (left is not None, options.softcap > 0.0, sink is not None)
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, flags, device)
+    batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
+    rows = query, out, lse
+    if seqlen_q == 1 and not is_causal and left is None and sink is None:
+        if sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms):
+            rows = _packed(query, out, lse, key.shape[1])
+            heads, seqlen_q = key.shape[1], heads // key.shape[1]
+    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
         scale_log2 = plan.scale_log2
@@ -79,8 +83,9 @@ def attention_fwd(
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
+    query, out_rows, lse_rows = rows
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out, lse, scale_log2, plan.num_sms, left, right, cap_factor, sink)
+    arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
     if device == torch.cuda.current_device():
         plan.run(*arguments)
     else:
@@ -92,7 +97,7 @@ def attention_fwd(
 def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:
     """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU.
 
-    Sizes that are symbolic may be any, and with ``any_size`` all may.
+    Sizes that are symbolic may be any, with ``any_size`` all may, and so they may on a GPU whose size is not known.
     """
     if family_of(target) != "sm90":
         return ()
@@ -102,17 +107,27 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
         window = left is not None
     flags = (window, spec.softcap > 0.0, spec.sink)
     head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
-    known = isinstance(spec.seqlen_q, int) and not any_size
-    lengths = (spec.seqlen_q,) if known else (1, 2**62)
-    wide = {not any(flags) and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, length) for length in lengths}
-    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not window, w, flags) for w in sorted(wide))
+    batch, heads, heads_kv, seqlen_q = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q
+    tiles = sm90.forward_tiles(head_dim, head_dim_v, any(flags))
+    if target.num_sms and not any_size and all(isinstance(n, int) for n in (batch, heads, heads_kv, seqlen_q)):
+        packs = seqlen_q == 1 and not (is_causal or window or spec.sink)
+        if packs and sm90.packs_gqa(heads // heads_kv, batch * heads, target.num_sms):
+            heads, seqlen_q = heads_kv, heads // heads_kv
+        sizes = (seqlen_q, batch * heads, target.num_sms)
+        tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
+    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not window, tile, flags) for tile in tiles)
 
 
 def _key(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, wide: bool, flags: tuple[bool, bool, bool]
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    tile: sm90.Tile,
+    flags: tuple[bool, bool, bool],
 ) -> KernelKey:
     window, softcap, sink = flags
-    return sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
+    return sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, tile, window=window, softcap=softcap, sink=sink)
 
 
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
@@ -135,20 +150,32 @@ def _make_plan(
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    wide: bool,
+    tile: sm90.Tile,
     flags: tuple[bool, bool, bool],
     device: int,
 ) -> _Plan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    key = _key(dtype, head_dim, head_dim_v, is_causal, wide, flags)
-    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
+    key = _key(dtype, head_dim, head_dim_v, is_causal, tile, flags)
+    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim))
 
     def keep() -> None:
-        _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
+        _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
 
     return plan._replace(run=first_launch(key, plan.run, keep))
+
+
+def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of tensors with one query per head, where the heads that share a key/value head are rows of one head."""
+    batch, heads = lse.shape[:2]
+    group = heads // heads_kv
+
+    def pack(x: Tensor) -> Tensor:
+        of_batch, of_head, _, unit = x.stride()
+        return x.as_strided((batch, heads_kv, group, x.shape[3]), (of_batch, group * of_head, of_head, unit))
+
+    return pack(query), pack(out), lse.view(batch, heads_kv, group)
 
 
 def _addressable(x: Tensor) -> Tensor:
