@@ -493,6 +493,7 @@ def test_the_first_launch_may_fail(compiler, cpu_needs_kernels, as_h100, monkeyp
         raise RuntimeError("no kernel image for this device")
 
     monkeypatch.setattr(compiling, "library_kernel", lambda key, path: no_image)
+    monkeypatch.setattr(launch, "_key", lambda *what: KEY)
     opened().store(compiling.entry_name(KEY), ELF)
     half = Q.bfloat16()
 
