@@ -44,7 +44,17 @@ def llama(content: dict[str, Any]) -> str:
     return markdown(["tokens/s", "torch", "fa_sdpa", "ratio"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"sm90_forward_h100": forward, "llama_eval_h100": llama}
+def first_call(content: dict[str, Any]) -> str:
+    """Milliseconds of the first SDPA call of a process, by what is ready."""
+    medians = content["medians_ms"]
+    return markdown(["first call, ms", *medians], [["", *(f"{ms:,.1f}" for ms in medians.values())]])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "sm90_forward_h100": forward,
+    "llama_eval_h100": llama,
+    "first_call_h100": first_call,
+}
 
 
 def block(name: str) -> str:

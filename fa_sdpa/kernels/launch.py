@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..meta.shapes import empty_out_lse
-from ..meta.spec import Options
+from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
 from . import family_of
-from .compile import Kernel, kernel
+from .compile import Kernel
+from .jit import first_launch, kernel
+from .key import KernelKey
 from .sm90 import config as sm90
 
 LOG2_E = math.log2(math.e)
@@ -49,7 +51,8 @@ def attention_fwd(
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
-        KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
+        KernelUnavailable: the kernel is in no bundle and cannot be compiled here, or not now, in a CUDA graph capture;
+            or its first launch failed.
     """
     out, lse = empty_out_lse(query, value)
     if lse.numel() == 0:
@@ -91,6 +94,42 @@ def attention_fwd(
     return out, lse
 
 
+def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:
+    """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU.
+
+    Sizes that are symbolic may be any, with ``any_size`` all may, and so they may on a GPU whose size is not known.
+    """
+    if family_of(target) != "sm90":
+        return ()
+    window, is_causal = spec.window, spec.is_causal
+    if spec.bottom_right and is_causal and not window:
+        is_causal, left, _ = _visible(Options(True, bottom_right=True), spec.seqlen_q, spec.seqlen_k)
+        window = left is not None
+    flags = (window, spec.softcap > 0.0, spec.sink)
+    head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
+    batch, heads, heads_kv, seqlen_q = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q
+    tiles = sm90.forward_tiles(head_dim, head_dim_v, any(flags))
+    if target.num_sms and not any_size and all(isinstance(n, int) for n in (batch, heads, heads_kv, seqlen_q)):
+        packs = seqlen_q == 1 and not (is_causal or window or spec.sink)
+        if packs and sm90.packs_gqa(heads // heads_kv, batch * heads, target.num_sms):
+            heads, seqlen_q = heads_kv, heads // heads_kv
+        sizes = (seqlen_q, batch * heads, target.num_sms)
+        tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
+    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not window, tile, flags) for tile in tiles)
+
+
+def _key(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    tile: sm90.Tile,
+    flags: tuple[bool, bool, bool],
+) -> KernelKey:
+    window, softcap, sink = flags
+    return sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, tile, window=window, softcap=softcap, sink=sink)
+
+
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
     """``(is_causal, left, right)``: row i sees the keys i + left … i + right or, where these are None, all keys or
     those up to i. A window that comes down to one of these two needs no kernel of its own."""
@@ -118,11 +157,13 @@ def _make_plan(
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    window, softcap, sink = flags
-    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, tile, window=window, softcap=softcap, sink=sink)
+    key = _key(dtype, head_dim, head_dim_v, is_causal, tile, flags)
     plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim))
-    _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
-    return plan
+
+    def keep() -> None:
+        _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
+
+    return plan._replace(run=first_launch(key, plan.run, keep))
 
 
 def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
