@@ -159,7 +159,9 @@ def test_every_pair_of_head_dims_has_a_tile():
         # head_dim, is_causal, has_options, seqlen_q, sequences
         ((128, True, False, 512, 16), "small"),
         ((128, True, True, 512, 16), "small"),
-        ((128, True, False, 1024, 16), "normal"),
+        ((128, True, False, 1024, 16), "small"),
+        ((128, False, False, 1024, 16), "normal"),
+        ((64, True, False, 1024, 16), "normal"),
         ((80, False, False, 64, 84 * 16), "small"),
         ((80, False, False, 65, 84 * 16), "normal"),
         ((64, False, False, 512, 1024), "wide"),

@@ -131,11 +131,14 @@ def forward_tile(
 
     Small: where even twice as many CTAs all run at once, or no tile is more than half full. In a CUDA graph on an H100
     16 heads of 512 causal rows take 8.8 µs (normal: 11.5) at d128, 7.2 µs (9.2) without mask at d64, and 84 · 16 heads
-    of 64 rows 26 µs (33) at d80; with 1024 rows the normal tile is as fast or faster.
+    of 64 rows 26 µs (33) at d80. Also beyond d64 where causal tiles, which differ in cost, all run at once: 1024 rows
+    take 15.5 µs (16.8) at d128. Without mask, or at d64, the normal tile is faster there.
     Wide: from WIDE_FROM on, unless that leaves SMs idle in the last wave.
     """
     normal = -(-seqlen_q // 128) * sequences
     if seqlen_q <= 64 or 2 * normal <= num_sms:
+        return "small"
+    if is_causal and normal <= num_sms and max(head_dim, head_dim_v) > 64:
         return "small"
     wide_class = _wide_class(head_dim, head_dim_v)
     if wide_class is None or has_options or seqlen_q < WIDE_FROM[is_causal, wide_class]:
