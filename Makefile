@@ -1,6 +1,7 @@
 # make test                every CPU test           make demo   a Llama, without and with us
 # make test TORCH=2.11.0   router and op tests on another torch, in a virtual environment of its own
 # make lint                ruff and mypy            make clean  removes the virtual environments
+# make compile-all         every kernel with every option compiles, without spills; CI compiles a choice of them
 # Each sets itself up: it needs Linux and Python >= 3.10, named by PYTHON where `python3` is another one.
 
 PYTHON ?= python3
@@ -20,10 +21,13 @@ endif
 # A demo on a GPU needs what compiles the kernels.
 DEMO_EXTRAS := demo $(if $(shell command -v nvidia-smi),cu13)
 
-.PHONY: test demo lint format clean
+.PHONY: test compile-all demo lint format clean
 
 test: $(TEST_EXTRAS:%=$(VENV)/.with-%)
 	$(BIN)/python -m pytest $(TESTS)
+
+compile-all: $(TEST_EXTRAS:%=$(VENV)/.with-%)
+	FA_SDPA_COMPILE_ALL=1 $(BIN)/python -m pytest -q tests/test_kernels.py -k every_variant
 
 demo: $(DEMO_EXTRAS:%=$(VENV)/.with-%)
 	$(BIN)/python examples/demo.py

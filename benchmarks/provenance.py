@@ -29,9 +29,11 @@ def provenance() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit measured, with "+changes" where the code differs from it.
 
-    A copy without its git history says which commit it is in FA_SDPA_COMMIT.
+    A copy without its git history says which commit it is in FA_SDPA_COMMIT, also inside another repository.
     """
     try:
+        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
+            return os.environ.get("FA_SDPA_COMMIT")
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--", ":!benchmarks/results") else "")
     except (OSError, subprocess.CalledProcessError):

@@ -22,9 +22,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def kernels(content: dict[str, Any]) -> str:
-    """Ours against the contenders, one row per head dim and mask, one column per seqlen."""
-    cells = content["results"]
+def kernel(content: dict[str, Any]) -> str:
+    """Ours against the contenders in the grid's cells, one row per head dim and mask, one column per seqlen."""
+    cells = [cell for cell in content["results"] if cell.get("group", "grid") == "grid"]
     seqlens = sorted({cell["seqlen"] for cell in cells})
     peers = [name for name in ("torch", "flash2", "fa4") if name in cells[0]]
     rows: dict[str, list[str]] = {}
@@ -44,10 +44,17 @@ def llama(content: dict[str, Any]) -> str:
     return markdown(["tokens/s", "torch", "fa_sdpa", "ratio"], rows)
 
 
+def first_call(content: dict[str, Any]) -> str:
+    """Milliseconds of the first SDPA call of a process, by what is ready."""
+    medians = content["medians_ms"]
+    return markdown(["first call, ms", *medians], [["", *(f"{ms:,.1f}" for ms in medians.values())]])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "sm90_forward_h100": kernels,
-    "sm90_backward_h100": kernels,
+    "sm90_forward_h100": kernel,
+    "sm90_backward_h100": kernel,
     "llama_eval_h100": llama,
+    "first_call_h100": first_call,
 }
 
 

@@ -6,7 +6,7 @@
 
 ``--list-keys`` prints the kernels that a bundle must hold to run a command where there is no compiler.
 
-Numerics: FlashAttention's rule for dQ, dK and dV on the random cases of sm90_forward.py, dout in a layout of its own,
+Numerics: FlashAttention's rule for dQ, dK and dV on the random cases of forward_cases.py, dout in a layout of its own,
 max|grad - ref| ≤ 2 · max|pt - ref| + atol, where ref is autograd through the math in fp32, pt the same in the inputs'
 dtype, and atol = 2 · max|ref + 0.3 - 0.3 - ref| in that dtype. Gradients and scratch memory are filled with NaN before
 each launch. One failing case stops the run.
@@ -22,7 +22,7 @@ import functools
 import importlib
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,22 +33,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import sm90_forward as forward  # noqa: E402
+import forward_cases as cases  # noqa: E402
 from provenance import save  # noqa: E402
 
 from fa_sdpa import reference  # noqa: E402
 from fa_sdpa.kernels import launch  # noqa: E402
+from fa_sdpa.kernels.key import KernelKey  # noqa: E402
 from fa_sdpa.kernels.sm90 import config  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 
 DOUT_LAYOUTS = ("as_out", "bhsd", "bshd", "padded", "unaligned", "transposed", "expanded")
 
 
-def keys(variant: forward.Variant) -> list[Any]:
-    """The kernels that serve a variant's forward and backward."""
-    names = {"window": variant.mask == "window", "softcap": variant.softcap}
-    dims = (forward.DTYPES[variant.dtype], variant.head_dim, variant.head_dim_v, variant.mask == "causal")
-    return [*variant.keys(), config.backward_key(*dims, **names)]
+def keys(calls: Iterable[cases.Case]) -> set[KernelKey]:
+    """The kernels that serve the forward and the backward of these calls."""
+    calls = [call for call in calls if call.seqlen_q and call.seqlen_k]
+    found = set(cases.keys_of(calls))
+    for call in calls:
+        is_causal, left, _ = launch._visible(call.options, call.seqlen_q, call.seqlen_k)
+        dims = (cases.DTYPES[call.dtype], call.head_dim, call.head_dim_v, is_causal)
+        found.add(config.backward_key(*dims, window=left is not None, softcap=call.options.softcap > 0.0))
+    return found
 
 
 # ---- numerics --------------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def gradient_of_out(out: Tensor, layout: str) -> Tensor:
         return torch.randn_like(out.mT.contiguous()).mT
     if layout == "expanded":  # what sum().backward() gives
         return torch.randn((), device=out.device, dtype=out.dtype).expand(out.shape)
-    return forward.laid_out(tuple(out.shape), layout, out.dtype)  # type: ignore[arg-type]
+    return cases.with_layout(torch.randn_like(out), layout)
 
 
 def math_grads(inputs: list[Tensor], dout: Tensor, sink: Tensor | None, options: Options) -> tuple[Tensor, ...]:
@@ -72,9 +77,9 @@ def math_grads(inputs: list[Tensor], dout: Tensor, sink: Tensor | None, options:
     return torch.autograd.grad(out, leaves, dout)
 
 
-def check(case: forward.Case, dout_layout: str) -> float:
+def check(case: cases.Case, dout_layout: str) -> float:
     """Run one case; its largest error as a share of its bound. Raises AssertionError with the worst element."""
-    query, key, value, sink = forward.inputs(case)
+    query, key, value, sink = cases.inputs(case)
     out, lse = launch.attention_fwd(query, key, value, sink, case.options)
     dout = gradient_of_out(out, dout_layout)
     grads = launch.attention_bwd(dout, query, key, value, out, lse, case.options)
@@ -101,7 +106,7 @@ def check(case: forward.Case, dout_layout: str) -> float:
     return worst
 
 
-def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str, Any]:
+def gate(num_cases: int, seed: int, kinds: dict[str, list[cases.Variant]]) -> dict[str, Any]:
     """Check ``num_cases`` random cases and the empty ones."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(seed)
@@ -118,7 +123,9 @@ def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str
     try:
         shares = []
         for i in range(num_cases):
-            case, layout = forward.random_case(rng, variants), rng.choice(DOUT_LAYOUTS)
+            case, layout = cases.random_case(seed, i, kinds), rng.choice(DOUT_LAYOUTS)
+            if not case.seqlen_q or not case.seqlen_k:
+                continue  # see check_empty
             shares.append(check(case, layout))
             if (i + 1) % 250 == 0:
                 print(f"{i + 1} cases, worst {max(shares):.2f} of the bound", flush=True)
@@ -128,12 +135,12 @@ def gate(num_cases: int, seed: int, variants: list[forward.Variant]) -> dict[str
     return {
         "rule": "max|grad - ref| <= 2 max|pt - ref| + atol + floor, for dq, dk and dv; floor 1e-5, with a single key "
         "1e-5 sqrt(summands)",
-        "cases": num_cases,
-        "variants": len(variants),
+        "cases": len(shares),
+        "kinds": {name: len(variants) for name, variants in kinds.items()},
         "seed": seed,
         "failed": 0,
         "worst_error_over_bound": max(shares),
-        "mean_error_over_bound": sum(shares) / num_cases,
+        "mean_error_over_bound": sum(shares) / len(shares),
     }
 
 
@@ -263,16 +270,20 @@ def main() -> None:
     parser.add_argument("--head-dims", type=int, nargs="*", default=[64, 128], help="of the grid")
     parser.add_argument("--seqlens", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192, 16384], help="likewise")
     parser.add_argument("--only", nargs="*", default=[], help="contenders to time; all by default")
-    parser.add_argument("--breadth", action="store_true", help="draw the cases from VARIANTS, too")
-    parser.add_argument("--stride", type=int, default=1, help="with --breadth: of every so many VARIANTS one")
+    parser.add_argument("--breadth", action="store_true", help="draw the cases from BREADTH")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
-    variants = forward.PLAIN + forward.VARIANTS[:: args.stride] if args.breadth else forward.PLAIN
+    kinds = cases.BREADTH if args.breadth else cases.PLAIN
     shapes = {"grid": grid(args.head_dims, args.seqlens), "breadth": breadth(), "none": []}[args.shapes]
     if args.list_keys:
-        timed = [forward.Variant("bf16", s.head_dim, s.head_dim_v, "causal" if s.is_causal else "full") for s in shapes]
-        return print("\n".join(sorted({key.name for variant in (*variants, *timed) for key in keys(variant)})))
-    numerics = gate(args.cases, args.seed, variants) if args.cases else None
+        drawn = [cases.random_case(args.seed, i, kinds) for i in range(args.cases)]
+        timed = [
+            cases.Case("bf16", x.head_dim, x.head_dim_v, x.batch, x.heads, x.heads_kv, x.seqlen, x.seqlen, options)
+            for x in shapes
+            for options in (Options(is_causal=x.is_causal),)
+        ]
+        return print("\n".join(sorted(key.name for key in keys([*drawn, *timed]))))
+    numerics = gate(args.cases, args.seed, kinds) if args.cases else None
     print(f"numerics: {numerics}\n{' ' * 24}" + "".join(name.rjust(9) for name in NAMES) + "    best", flush=True)
     cells = measure(shapes, args.only)
     if args.out:

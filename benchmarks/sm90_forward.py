@@ -1,27 +1,33 @@
-"""The SM90 forward kernel on one GPU: numerics gate first, then speed against its peers; JSON, and a table last.
+"""The SM90 forward kernel on one GPU: numerics gate first, then speed against its peers; JSON, and tables last.
 
-    python benchmarks/sm90_forward.py --out benchmarks/results/sm90_forward_h100.json
-    python benchmarks/sm90_forward.py --breadth --cases 1100 --head-dims 64 80 96 128 192 256 --seqlens 4096 \\
-        --out benchmarks/results/sm90_forward_breadth_h200.json
+    python benchmarks/sm90_forward.py --breadth --cases 5000 --cells grid breadth latency decode \\
+        --out benchmarks/results/sm90_forward_h100.json
 
-The second one draws its cases from VARIANTS, too: other head dims, windows, softcap, sink. ``--list-keys`` prints the
-kernels that a bundle must hold to run them where there is no compiler.
+``--breadth`` draws the numerics cases from all of forward_cases.BREADTH (every head dim, head_dim_v, windows, softcap,
+sink) instead of d64 and d128 alone. ``--list-keys`` prints the kernels that a bundle must hold to run the same command
+line where there is no compiler. ``--prepare`` calls every contender once in every cell and measures nothing: several of
+these at the same time fill a peer's disk cache of compiled kernels.
 
-Numerics: FlashAttention's rule on random cases, max|out - ref| ≤ 2 · max|pt - ref| + atol, where ref is the math in
-fp32, pt the same math in the inputs' dtype, and atol = 2 · max|ref + 0.3 - 0.3 - ref| in that dtype; lse within 1e-4
-(relative to its size where that is above 1). Outputs are filled with NaN before each launch, data is fresh in each
-case. One failing case stops the run.
+Numerics: forward_cases.py has the rule. A failing case ends the run with status 1 before anything is timed.
 
-Speed: bf16, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, heads = 2048 / d. TFLOP/s from 4·B·H·Sq·Sk·D
-flops, halved when causal, and do_bench's median.
+Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), except where a peer wants the former. Contenders take
+turns, in rounds in which each follows each other one equally often, and each figure is the median over the rounds: a
+card's clock depends on its power and heat, so on what ran before, and that is the same for all of them. Every peer's
+result is compared with ours before it is timed; one that refuses a cell, or gives something else, is null there with
+its reason. The ratio of a cell is the best peer's time over ours: above 1 we are ahead.
+
+    grid, breadth      TFLOP/s from 2·B·H·Sq·Sk·(D + Dv) flops, halved when causal; 16,384 tokens and, except for GQA,
+                       2048 // d heads; each round is do_bench's median (L2 flushed before each call)
+    latency, decode    device µs of one call: CALLS calls captured in one CUDA graph, over as many different input sets
+                       as exceed L2 twice (at most CALLS); decode rows are for information
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib
-import random
+import math
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,288 +38,113 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from forward_cases import BREADTH, PLAIN, REPEATED, Case, gate, inputs, keys_of, random_case  # noqa: E402
 from provenance import save  # noqa: E402
 
-from fa_sdpa import reference  # noqa: E402
 from fa_sdpa.kernels import launch  # noqa: E402
-from fa_sdpa.kernels.key import KernelKey  # noqa: E402
-from fa_sdpa.kernels.sm90 import config  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-LAYOUTS = ("bhsd", "bshd", "packed", "expanded_heads", "expanded_batch", "padded", "unaligned")
-HEADS = ((1, 1), (2, 2), (4, 2), (8, 1), (7, 1), (14, 2), (6, 3))
-SEQLENS = (1, 7, 63, 64, 65, 127, 128, 129, 191, 193, 255, 256, 257, 384, 1000, 1024)
+TOKENS = 16384
+ROUNDS = 10  # at least
+CALLS = 64  # captured in one graph
+L2_BYTES = 50 << 20
+PEERS = ("torch", "cudnn", "flash2", "fa4")
 
 
-class Variant(NamedTuple):
-    """What a case wants of a kernel."""
+class Cell(NamedTuple):
+    """One row of a table."""
 
-    dtype: str
-    head_dim: int
-    head_dim_v: int
-    mask: str  # "full", "causal" or "window"
-    softcap: bool = False
-    sink: bool = False
-
-    def keys(self) -> list[KernelKey]:
-        """The kernels that serve it at one length or another."""
-        window = self.mask == "window"
-        is_plain = not (window or self.softcap or self.sink)
-        has_wide = is_plain and max(self.head_dim, self.head_dim_v) <= 64
-        return [
-            config.forward_key(
-                DTYPES[self.dtype],
-                self.head_dim,
-                self.head_dim_v,
-                self.mask == "causal",
-                wide,
-                window=window,
-                softcap=self.softcap,
-                sink=self.sink,
-            )
-            for wide in (False, True)[: 1 + has_wide]
-        ]
-
-
-PLAIN = [
-    Variant(dtype, head_dim, head_dim, mask)
-    for dtype in DTYPES
-    for head_dim in (64, 128)
-    for mask in ("full", "causal")
-]
-VARIANTS = [
-    *(
-        Variant("fp16" if head_dim % 16 else "bf16", head_dim, head_dim_v, mask)
-        for head_dim, head_dim_v in (
-            *((d, d) for d in (8, 16, 24, 32, 40, 56, 72, 80, 96, 112, 120, 136, 160, 192, 208, 248, 256)),
-            *((64, 128), (128, 64), (192, 128), (128, 256), (256, 128), (64, 256), (80, 48), (24, 96)),
-        )
-        for mask in ("full", "causal")
-    ),
-    *(
-        Variant(dtype, head_dim, head_dim_v, *flags)
-        for dtype, head_dim, head_dim_v in (
-            ("bf16", 64, 64),
-            ("fp16", 64, 64),
-            ("bf16", 128, 128),
-            ("fp16", 128, 128),
-            ("bf16", 96, 96),
-            ("fp16", 192, 128),
-            ("bf16", 256, 256),
-        )
-        for flags in (("window",), ("window", True, True), ("full", True), ("causal", False, True))
-    ),
-]
-
-
-class Case(NamedTuple):
-    """One random call."""
-
-    dtype: str
-    head_dim: int
-    head_dim_v: int
     batch: int
     heads: int
     heads_kv: int
     seqlen_q: int
     seqlen_k: int
-    options: Options
-    sink: bool
-    layout: str
-    spread: float  # standard deviation of Q
-    rising: bool  # scores grow along the order in which blocks are visited, so that the running maximum keeps rising
+    head_dim: int
+    head_dim_v: int
+    is_causal: bool
+
+    def __str__(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
+        head_dim = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        seqlen = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"
+        return f"d{head_dim} {'causal' if self.is_causal else 'full'} {seqlen} b{self.batch} h{heads}"
+
+    @property
+    def case(self) -> Case:
+        return Case(
+            "bf16",
+            self.head_dim,
+            self.head_dim_v,
+            self.batch,
+            self.heads,
+            self.heads_kv,
+            self.seqlen_q,
+            self.seqlen_k,
+            Options(self.is_causal),
+        )
+
+    @property
+    def flops(self) -> int:
+        pairs = self.batch * self.heads * self.seqlen_q * self.seqlen_k
+        return 2 * pairs * (self.head_dim + self.head_dim_v) // (2 if self.is_causal else 1)
 
 
-def random_window(rng: random.Random, seqlen_q: int, seqlen_k: int) -> Options:
-    """Options that need a window kernel at these lengths, or full ones if none was found."""
-
-    def bound() -> int | None:
-        return rng.choice((None, 0, 1, rng.randint(0, 200), rng.randint(0, 2048)))
-
-    for _ in range(100):
-        options = Options(rng.random() < 0.4, None, rng.random() < 0.5, bound(), bound())
-        if launch._visible(options, seqlen_q, seqlen_k)[1] is not None:
-            return options
-    return Options(window_left=0)
+def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
+    """16,384 tokens of self-attention."""
+    count, _, count_kv = (heads or f"{2048 // head_dim}").partition("/")
+    kv = int(count_kv or count)
+    return Cell(TOKENS // seqlen, int(count), kv, seqlen, seqlen, head_dim, head_dim_v or head_dim, is_causal)
 
 
-def random_case(rng: random.Random, variants: list[Variant]) -> Case:
-    def seqlen() -> int:
-        return rng.choice(SEQLENS) if rng.random() < 0.5 else rng.randint(1, 2048)
+CELLS = {
+    "grid": [_square(s, d, c) for d in (64, 128) for c in (False, True) for s in (512, 1024, 2048, 4096, 8192, 16384)],
+    "breadth": [
+        *(_square(s, d, c) for d in (80, 96, 192, 256) for s in (1024, 4096) for c in (False, True)),
+        *(_square(s, 128, True, heads=heads) for heads in ("32/8", "28/4") for s in (2048, 8192)),
+        _square(4096, 192, True, 128),
+        _square(4096, 128, False, 64),
+    ],
+    "latency": [
+        *(
+            Cell(1, 16, 16, s, s, d, d, c)
+            for d in (64, 128)
+            for c in (False, True)
+            for s in [2**i for i in range(7, 13)]
+        ),
+        Cell(3, 16, 16, 1680, 1680, 80, 80, False),
+        Cell(84, 16, 16, 64, 64, 80, 80, False),
+        Cell(1, 16, 2, 1285, 1285, 80, 80, True),
+    ],
+    "decode": [
+        Cell(1, 16, 2, 1, 2048, 80, 80, False),
+        Cell(1, 32, 8, 1, 32768, 128, 128, False),
+        Cell(16, 32, 8, 1, 8192, 128, 128, False),
+    ],
+}
+UNITS = {"grid": "TFLOP/s", "breadth": "TFLOP/s", "latency": "µs", "decode": "µs"}
 
-    variant = rng.choice(variants)
-    seqlen_q = seqlen()
-    seqlen_k = seqlen_q if rng.random() < 0.4 else seqlen()
-    options = Options(is_causal=variant.mask == "causal")
-    if variant.mask == "window":
-        seqlen_q, seqlen_k = max(seqlen_q, 2), max(seqlen_k, 2)
-        options = random_window(rng, seqlen_q, seqlen_k)
-    scale = None if rng.random() < 0.7 else rng.uniform(0.02, 0.5)
-    options = options._replace(scale=scale, softcap=rng.choice((5.0, 30.0, 50.0)) if variant.softcap else 0.0)
-    heads, heads_kv = rng.choice(HEADS)
-    return Case(
-        dtype=variant.dtype,
-        head_dim=variant.head_dim,
-        head_dim_v=variant.head_dim_v,
-        batch=rng.randint(1, 3),
-        heads=heads,
-        heads_kv=heads_kv,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        options=options,
-        sink=variant.sink,
-        layout=rng.choice(LAYOUTS),
-        spread=rng.choice((1.0, 1.0, 4.0)),
-        rising=rng.random() < 0.25,
-    )
-
-
-def laid_out(shape: tuple[int, int, int, int], layout: str, dtype: torch.dtype) -> Tensor:
-    """Random (B, H, S, D) tensor in one of LAYOUTS."""
-    batch, heads, seqlen, head_dim = shape
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(*size, device="cuda", dtype=torch.float32).to(dtype)
-
-    if layout == "bshd":
-        return randn(batch, seqlen, heads, head_dim).transpose(1, 2)
-    if layout == "packed":
-        return randn(batch, seqlen, 3, heads, head_dim)[:, :, 1].transpose(1, 2)
-    if layout == "expanded_heads":
-        return randn(batch, 1, seqlen, head_dim).expand(shape)
-    if layout == "expanded_batch":
-        return randn(1, heads, seqlen, head_dim).expand(shape)
-    if layout == "padded":
-        return randn(batch, heads, seqlen, head_dim + 8)[..., :head_dim]
-    if layout == "unaligned":
-        return randn(batch, heads, seqlen, head_dim + 1)[..., 1:]
-    return randn(*shape)
+Call = Callable[[Tensor, Tensor, Tensor, bool], Any]
+Run = Callable[[Tensor, Tensor, Tensor], Any]
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """query, key, value, sink"""
-    dtype = DTYPES[case.dtype]
-    q_layout = "bshd" if case.layout.startswith("expanded") else case.layout
-    query = laid_out((case.batch, case.heads, case.seqlen_q, case.head_dim), q_layout, dtype)
-    kv_shape = (case.batch, case.heads_kv, case.seqlen_k)
-    key, value = (laid_out((*kv_shape, d), case.layout, dtype) for d in (case.head_dim, case.head_dim_v))
-    query.mul_(case.spread)
-    if case.rising:
-        query.copy_(query.abs())
-        ramp = torch.linspace(2.0, 0.0, case.seqlen_k, device="cuda", dtype=torch.float32)
-        dense = key if 0 not in key.stride() else key.as_strided(*base_of(key))
-        dense.add_(ramp[:, None].to(dtype))
-    sink = 3.0 * torch.randn(case.heads, device="cuda", dtype=torch.float32).to(dtype) if case.sink else None
-    return query, key, value, sink
+def contenders() -> dict[str, Call]:
+    """Name → call(query, key, value, is_causal), ours first; flash-attn-4 where it can be imported."""
 
-
-def base_of(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sizes and strides of an expanded tensor before it was expanded."""
-    return tuple(1 if stride == 0 else size for size, stride in zip(x.shape, x.stride(), strict=True)), x.stride()
-
-
-def check(case: Case) -> dict[str, float]:
-    """Run one case; its errors and bounds. Raises AssertionError with the worst element beyond a bound."""
-    query, key, value, sink = inputs(case)
-    out, lse = launch.attention_fwd(query, key, value, sink, case.options)
-    options = case.options._asdict()
-    ref, ref_lse = reference.attention(query.float(), key.float(), value.float(), sink=sink, **options)
-    rounded, _ = reference.attention(query, key, value, sink=sink, **options)
-    low = ref.to(out.dtype)
-    atol = 2 * (low + 0.3 - 0.3 - low).abs().max().item()
-    bound = 2 * (rounded.float() - ref).abs().max().item() + atol
-    error = (out.float() - ref).abs().nan_to_num(float("inf"))
-    error_lse = ((lse - ref_lse).abs() / ref_lse.abs().clamp(min=1.0)).nan_to_num(float("inf"))
-    error_lse = error_lse.masked_fill(lse == ref_lse, 0.0)  # -inf where a row sees no key
-    for name, errors, limit, got, want in (("out", error, bound, out, ref), ("lse", error_lse, 1e-4, lse, ref_lse)):
-        worst = errors.max().item()
-        if not worst <= limit:
-            at = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
-            bad = int((errors > limit).sum())
-            raise AssertionError(
-                f"{case}: {name}{list(at)} = {got[at].item():.6g}, reference {want[at].item():.6g}, error {worst:.3g}"
-                f" > bound {limit:.3g}; {bad} of {errors.numel()} elements are beyond it"
-            )
-    return {"error": error.max().item(), "bound": bound, "error_lse": error_lse.max().item()}
-
-
-def gate(num_cases: int, seed: int, variants: list[Variant]) -> dict[str, Any]:
-    """Check ``num_cases`` random cases and the empty ones."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    allocate = launch.empty_out_lse
-
-    def poisoned(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = allocate(query, value)
-        return out.fill_(float("nan")), lse.fill_(float("nan"))
-
-    launch.empty_out_lse = poisoned
-    try:
-        results = [check(random_case(rng, variants)) for _ in range(num_cases)]
-        check_empty()
-        check_repeats()
-    finally:
-        launch.empty_out_lse = allocate
-    return {
-        "rule": "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|)",
-        "cases": num_cases,
-        "variants": len(variants),
-        "seed": seed,
-        "failed": 0,
-        "worst_error_over_bound": max(r["error"] / r["bound"] if r["bound"] else 0.0 for r in results),
-        "mean_error_over_bound": sum(r["error"] / r["bound"] if r["bound"] else 0.0 for r in results) / num_cases,
-        "worst_lse_error": max(r["error_lse"] for r in results),
-    }
-
-
-def check_empty() -> None:
-    """No key: out 0, lse -inf. No query or batch: empty results."""
-    for batch, seqlen_q, seqlen_k in ((1, 3, 0), (0, 3, 3), (1, 0, 3), (0, 0, 0)):
-        query = torch.randn(batch, 2, seqlen_q, 64, device="cuda", dtype=torch.bfloat16)
-        key, value = (torch.randn(batch, 2, seqlen_k, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        out, lse = launch.attention_fwd(query, key, value, None, Options())
-        assert out.shape == query.shape and lse.shape == query.shape[:3]
-        assert bool((out == 0).all()) and bool((lse == float("-inf")).all())
-
-
-def check_repeats() -> None:
-    """The same bits on every run, on a side stream, and from a CUDA graph."""
-    query, key, value = (laid_out((2, 4, 1000, 128), "bshd", torch.bfloat16) for _ in range(3))
-    causal = Options(is_causal=True)
-    first, first_lse = launch.attention_fwd(query, key, value, None, causal)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        runs = [launch.attention_fwd(query, key, value, None, causal) for _ in range(20)]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        runs.append(launch.attention_fwd(query, key, value, None, causal))
-    graph.replay()
-    for out, lse in runs:
-        assert torch.equal(out, first) and torch.equal(lse, first_lse)
-
-
-# ---- speed -----------------------------------------------------------------------------------------------------------
-
-
-def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor, bool], Any]]:
-    """Name → call(query, key, value, is_causal); flash-attn-4 where it can be imported."""
-
-    def backend(choice: SDPBackend) -> Callable[..., Any]:
+    def backend(choice: SDPBackend | None = None) -> Call:
         def call(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+            has_groups = query.shape[1] != key.shape[1]
+            if choice is None:
+                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
             with sdpa_kernel(choice):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
 
         return call
 
-    calls = {
-        "ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, None, Options(is_causal=c)),
-        "torch": lambda q, k, v, c: F.scaled_dot_product_attention(q, k, v, is_causal=c),
+    calls: dict[str, Call] = {
+        "ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, None, Options(is_causal=c))[0],
+        "torch": backend(),
         "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
         "flash2": backend(SDPBackend.FLASH_ATTENTION),
     }
@@ -321,46 +152,151 @@ def contenders() -> dict[str, Callable[[Tensor, Tensor, Tensor, bool], Any]]:
         fa4 = importlib.import_module("flash_attn.cute.interface").flash_attn_func
     except (ImportError, RuntimeError):  # RuntimeError: its compiler is only half there
         return calls
-    calls["fa4"] = lambda q, k, v, c: fa4(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=c)
+
+    def call_fa4(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        out = fa4(*(x.transpose(1, 2) for x in (query, key, value)), causal=is_causal)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    calls["fa4"] = call_fa4
     return calls
 
 
-def measure(head_dims: list[int], seqlens: list[int], only: list[str]) -> list[dict[str, Any]]:
-    """TFLOP/s of every contender in every cell."""
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
+
+
+def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: Tensor | None) -> str:
+    """Why ``call`` is not timed in a cell: it raises, or gives something else; empty if it is."""
+    try:
+        out = call(*tensors, is_causal)  # type: ignore[call-arg, arg-type]
+    except Exception as error:  # each peer has its own way to refuse
+        return _brief(error)
+    if expected is None:
+        return ""
+    off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+    return "" if off < 0.02 else f"its result differs from ours by {off:.3g} of the norm"
+
+
+def measure(cell: Cell, group: str, calls: dict[str, Call], only_prepare: bool = False) -> dict[str, Any]:
+    """A cell's row: what every contender reaches, and why some do not."""
+    is_graph = UNITS[group] == "µs"
+    size = 2 * (cell.batch * cell.heads * cell.seqlen_q + cell.batch * cell.heads_kv * cell.seqlen_k)
+    size *= cell.head_dim + cell.head_dim_v
+    num_sets = min(max(math.ceil(2 * L2_BYTES / size), 2), CALLS) if is_graph and not only_prepare else 1
+    sets = [inputs(cell.case)[:3] for _ in range(num_sets)]
+    expected = calls["ours"](*sets[0], cell.is_causal) if "ours" in calls else None
+    refused = {name: why for name, call in calls.items() if (why := refusal(call, sets[0], cell.is_causal, expected))}
+    if "ours" in refused:
+        raise RuntimeError(f"{cell}: {refused['ours']}")
+    runs = {name: _bound(call, cell.is_causal) for name, call in calls.items() if name not in refused}
+    row: dict[str, Any] = {"group": group, "cell": str(cell), "unit": UNITS[group], "seqlen": cell.seqlen_q}
+    row |= cell._asdict() | dict.fromkeys(calls)
+    if not only_prepare:
+        times = graph_ms(runs, sets, refused) if is_graph else bench_ms(runs, sets)
+        for name, ms in times.items():
+            row[name] = round(1e3 * ms, 2) if is_graph else round(cell.flops / ms / 1e9, 1)
+        row["ratio"], row["ratio_cudnn"] = ratio(row), ratio(row, ("cudnn",))
+    return row | ({"refused": refused} if refused else {})
+
+
+def _bound(call: Call, is_causal: bool) -> Run:
+    return lambda query, key, value: call(query, key, value, is_causal)
+
+
+def orders(count: int) -> list[list[int]]:
+    """ROUNDS or more orders of ``count`` contenders; within them each follows each other one equally often."""
+    zigzag = [(i + 1) // 2 if i % 2 else (count - i // 2) % count for i in range(count)]
+    rows = [[(x + shift) % count for x in zigzag] for shift in range(count)]
+    rows += [row[::-1] for row in rows]  # what balances an odd count
+    return rows * math.ceil(ROUNDS / len(rows))
+
+
+def in_rounds(names: list[str], time_one: Callable[[str], float]) -> dict[str, float]:
+    """Median of ``time_one`` over rounds over the contenders."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for order in orders(len(names)):
+        for i in order:
+            times[names[i]].append(time_one(names[i]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
+    """ms of one call, L2 flushed before each."""
     from triton.testing import do_bench
 
-    calls = {name: call for name, call in contenders().items() if not only or name in only}
-    cells = []
-    for head_dim in head_dims:
-        for is_causal in (False, True):
-            for seqlen in seqlens:
-                batch, heads = 16384 // seqlen, 2048 // head_dim
-                shape = (batch, heads, seqlen, head_dim)
-                query, key, value = (laid_out(shape, "bshd", torch.bfloat16) for _ in range(3))
-                flops = 4 * batch * heads * seqlen * seqlen * head_dim / (2 if is_causal else 1)
-                cell: dict[str, Any] = {"head_dim": head_dim, "is_causal": is_causal, "seqlen": seqlen}
-                for name, call in calls.items():
-                    run = functools.partial(call, query, key, value, is_causal)
-                    try:
-                        run()
-                    except RuntimeError:  # a backend that does not take this head dim
-                        cell[name] = None
-                        continue
-                    ms = do_bench(run, warmup=25, rep=100, return_mode="median")
-                    cell[name] = round(flops / ms / 1e9, 1)
-                cells.append(cell)
-    return cells
+    def time_one(name: str) -> float:
+        return do_bench(lambda: runs[name](*sets[0]), warmup=8, rep=15, return_mode="median")
+
+    return in_rounds(list(runs), time_one)
 
 
-def table(cells: list[dict[str, Any]]) -> str:
-    names = [n for n in ("ours", "torch", "cudnn", "flash2", "fa4") if n in cells[0]]
-    lines = ["cell".ljust(16) + "".join(n.rjust(9) for n in names) + "  ours/cudnn  ours/best"]
-    for cell in cells:
-        label = f"d{cell['head_dim']} {'causal' if cell['is_causal'] else 'full'} {cell['seqlen']}"
-        peers = [cell[n] for n in names if n != "ours" and cell[n]]
-        ratio = f"{cell['ours'] / cell['cudnn']:12.2f}" if cell.get("cudnn") else " " * 12
-        best = f"{cell['ours'] / max(peers):11.2f}" if peers else ""
-        lines.append(label.ljust(16) + "".join(f"{cell[n] or 0:9.1f}" for n in names) + ratio + best)
+def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> dict[str, float]:
+    """ms of one of CALLS calls captured in a CUDA graph, over all input sets in turn; adds who can't be captured."""
+    graphs = {}
+    for name, run in runs.items():
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for i in range(CALLS):
+                    run(*sets[i % len(sets)])
+            graphs[name] = graph
+        except Exception as error:
+            if name == "ours":
+                raise
+            refused[name] = f"in a CUDA graph: {_brief(error)}"
+
+    def time_one(name: str) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        graphs[name].replay()
+        start.record()
+        for _ in range(3):
+            graphs[name].replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / (3 * CALLS)
+
+    return in_rounds(list(graphs), time_one)
+
+
+def ratio(row: dict[str, Any], peers: tuple[str, ...] = PEERS) -> float | None:
+    """The best peer's time over ours; None if neither of them was timed."""
+    values = [row[name] for name in peers if row.get(name)]
+    if not values or not row.get("ours"):
+        return None
+    return round(min(values) / row["ours"] if row["unit"] == "µs" else row["ours"] / max(values), 4)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geomean and minimum of the ratios in each group."""
+    groups: dict[str, Any] = {}
+    for group in dict.fromkeys(row["group"] for row in rows):
+        chosen = [row for row in rows if row["group"] == group and row["ratio"]]
+        if chosen:
+            worst = min(chosen, key=lambda row: row["ratio"])
+            against_cudnn = [row["ratio_cudnn"] for row in chosen if row["ratio_cudnn"]]
+            groups[group] = {
+                "cells": len(chosen),
+                "geomean": round(statistics.geometric_mean(row["ratio"] for row in chosen), 4),
+                "minimum": worst["ratio"],
+                "minimum_at": worst["cell"],
+                "ahead": sum(row["ratio"] >= 1.0 for row in chosen),
+                **({"geomean_cudnn": round(statistics.geometric_mean(against_cudnn), 4)} if against_cudnn else {}),
+            }
+    return groups
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """One table per group, and the groups' summary last."""
+    names = [name for name in ("ours", *PEERS) if name in rows[0]]
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += ["", f"{group} ({UNITS[group]})".ljust(34) + "".join(n.rjust(9) for n in names) + "  /cudnn   /best"]
+        for row in (row for row in rows if row["group"] == group):
+            figures = "".join(f"{row[n]:9.1f}" if row[n] else "        -" for n in names)
+            ratios = "".join(f"{row[n]:8.2f}" if row[n] else "       -" for n in ("ratio_cudnn", "ratio"))
+            lines.append(row["cell"].ljust(34) + figures + ratios)
+    for group, about in summary(rows).items():
+        lines.append(f"{group}: {about}")
     return "\n".join(lines)
 
 
@@ -369,22 +305,39 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--head-dims", type=int, nargs="*", default=[64, 128])
-    parser.add_argument("--seqlens", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--only", nargs="*", default=[], help="contenders to time; all by default")
-    parser.add_argument("--breadth", action="store_true", help="draw the cases from VARIANTS, too")
+    parser.add_argument("--breadth", action="store_true", help="draw the cases from every kind of call")
+    parser.add_argument("--cells", nargs="*", default=["grid"], choices=CELLS, help="what to time; grid by default")
+    parser.add_argument("--head-dims", type=int, nargs="*", help="only the cells of these head dims")
+    parser.add_argument("--seqlens", type=int, nargs="*", help="only the cells of these query lengths")
+    parser.add_argument("--only", nargs="*", default=[], choices=("ours", *PEERS), help="contenders to time")
+    parser.add_argument("--prepare", action="store_true", help="call everything once, time nothing")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
-    variants = PLAIN + VARIANTS if args.breadth else PLAIN
+    kinds = BREADTH if args.breadth else PLAIN
+    cells = [
+        (group, cell)
+        for group in args.cells
+        for cell in CELLS[group]
+        if (args.head_dims is None or cell.head_dim in args.head_dims)
+        and (args.seqlens is None or cell.seqlen_q in args.seqlens)
+    ]
     if args.list_keys:
-        return print("\n".join(sorted({key.name for variant in variants for key in variant.keys()})))
-    numerics = gate(args.cases, args.seed, variants) if args.cases else None
-    print(f"numerics: {numerics}", flush=True)
-    cells = measure(args.head_dims, args.seqlens, args.only) if args.seqlens else []
+        cases = [random_case(args.seed, index, kinds) for index in range(args.cases)]
+        return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(cell.case for _, cell in cells)])))
+    about: dict[str, Any] = {"numerics": None}
+    if args.cases:
+        about["numerics"] = gate(args.cases, args.seed, kinds)
+        print(f"numerics: {about['numerics']}", flush=True)
+    failed = args.cases and about["numerics"]["failed"]
+    calls = {name: call for name, call in contenders().items() if not args.only or name in args.only}
+    rows = [] if failed else [measure(cell, group, calls, args.prepare) for group, cell in cells]
+    if rows and not args.prepare:
+        about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
     if args.out:
-        save(args.out, cells, numerics=numerics, unit="TFLOP/s", protocol=(__doc__ or "").split("Speed: ")[1].strip())
-    if cells:
-        print(table(cells))
+        save(args.out, rows, unit="TFLOP/s", **about)
+    if rows and not args.prepare:
+        print(tables(rows))
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _PARTS = {
     "torch._C._AutoDispatchBelowAutograd": "autograd of the ops",
     "torch.autograd.forward_ad._current_level": "forward-mode AD",
     "torch._C._get_tracing_state": "torch.jit.trace",
+    "torch._C._autograd._top_saved_tensors_default_hooks": "checkpoints whose forward is under way",
     "torch._C._get_dispatch_mode": "make_fx",
     "torch._C._TorchDispatchModeKey.PROXY": "make_fx",
     "torch._guards._TLS": "a compiler at work in this thread",
@@ -109,6 +110,11 @@ def sdp_flags() -> tuple[bool, bool, bool, bool]:
 def transform_active() -> bool:
     """Whether a torch.func transform (grad, jvp, functionalize …) is open."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_tensors_are_hooked() -> bool:
+    """Whether hooks see what autograd saves, as in the forward of a checkpoint, which must be repeated just so."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 below_autograd: Any = getattr(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import __version__, _torch_private, kernels, router
+from .kernels import compile as compiling
+from .kernels.cache import open_cache
 from .meta.spec import AttentionSpec
 from .meta.target import Target, missing_on_host
 
@@ -49,6 +53,7 @@ def diagnose() -> dict[str, Any]:
         "environment": environment(),
         "missing": [str(reason) for reason in missing_on_host()],
         "kernels": tables,
+        "cache": _attempt(_cache),
         "conflicts": _attempt(_conflicts),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
@@ -58,6 +63,26 @@ def _conflicts() -> list[str]:
     """What keeps routing from working as it should on this torch and in this process."""
     moved = [f"torch {torch.__version__} lacks {part}: routing can't be enabled" for part in _torch_private.missing()]
     return [*moved, *map(str, router.conflicts())]
+
+
+def _cache() -> list[str]:
+    """Where compiled kernels come from and go to, or why they can't."""
+    bundle = os.environ.get("FA_SDPA_BUNDLE")
+    lines = [f"bundle: {compiling.describe_bundle(Path(bundle))}"] if bundle else []
+    cache, why = open_cache()
+    if cache is None:
+        lines.append(f"folder: none: {why}")
+    else:
+        entries = cache.entries()
+        current = {f"-{compiling.fingerprint(arch)}" for arch in kernels.FAMILIES}
+        usable = sum(entry.path.stem.endswith(tuple(current)) for entry in entries)
+        size = sum(entry.size for entry in entries) / 2**20
+        lines.append(f"folder: {cache.directory}")
+        lines.append(f"kernels: {usable} of this version, {len(entries) - usable} of others")
+        lines.append(f"size: {size:.1f} of at most {cache.limit / 2**20:.0f} MB")
+    command = compiling.linker()
+    lines.append(f"C linker: {shlex.join(command) if command else compiling.NO_LINKER}")
+    return lines
 
 
 def _kernels(device: torch.device) -> list[dict[str, Any]]:
@@ -84,6 +109,7 @@ def render(report: dict[str, Any]) -> str:
         lines += ["", *_table(device, cells)]
     sections = {
         "to compile and launch GPU kernels, this host lacks": report["missing"],
+        "compiled kernels": report["cache"],
         "conflicts": report["conflicts"],
         "environment variables": [f"{name}={value}" for name, value in report["variables"].items()],
     }

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from . import kernels
+from .kernels.jit import Jit
 from .meta.crossover import Crossover, Direction, shipped
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
@@ -23,17 +24,26 @@ class Policy:
         mode: "auto" routes a call where a kernel can run it and the crossover table of the device's arch says that
             it is faster there; "always" routes whatever a kernel can run; "never" leaves every call to torch.
         crossover: a table to use for its arch instead of the shipped one; ``Crossover.load(path)`` reads one.
+        jit: what a call does whose GPU kernel was not compiled yet. "background" leaves it to torch and compiles beside
+            the program, "block" compiles in the call, "never" leaves it to torch. Default: "background" with mode
+            "auto", "block" with "always". "background" counts as "block" for graphs that are traced by torch.compile,
+            with deterministic algorithms, and in the forward of a non-reentrant checkpoint.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode or jit.
     """
 
     mode: Mode = "auto"
     crossover: Crossover | None = None
+    jit: Jit | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"policy mode must be one of {', '.join(get_args(Mode))}, not {self.mode!r}")
+        if self.jit is None:
+            object.__setattr__(self, "jit", "background" if self.mode == "auto" else "block")
+        elif self.jit not in get_args(Jit):
+            raise ValueError(f"policy jit must be one of {', '.join(get_args(Jit))}, not {self.jit!r}")
 
     @classmethod
     def of(cls, policy: Policy | str) -> Policy:

@@ -9,6 +9,7 @@ are keyed by that graph, can't return the other state's code.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _torch_private as private
+from . import record
 from .counts import Tally, tally
+from .kernels import jit, launch
+from .kernels.compile import KernelUnavailable
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 from .ops import VERSION
@@ -68,6 +72,18 @@ class Call(NamedTuple):
 
 _CACHED_CALLS = 4096
 _cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
+_PASSING = {"capturing", "compiling"}  # reasons that end, and that depend on more than the call
+_kernels_changed = itertools.count()  # how often decisions were forgotten, because others may hold now
+_epoch = 0
+
+
+def _forget_decisions() -> None:
+    global _epoch
+    _epoch = next(_kernels_changed)
+    _cache.clear()
+
+
+jit.on_change(_forget_decisions)
 _native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
 
 
@@ -95,7 +111,10 @@ def sdpa(
         if counted is not None:
             counted[1]()
             if counted[0]:
-                return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+                try:
+                    return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+                except KernelUnavailable:  # its first launch failed; that was said, and no call comes here again
+                    pass
     return _native(
         private.KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
@@ -168,13 +187,18 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
 
 
 def _remember(fields: tuple[Any, ...]) -> Tally:
+    epoch = _epoch
     call = Call(*fields)
     decision = decide_call(call)
     _say_once(call, decision)
+    record.note("eager", call)
     counted = tally("eager", decision)
     if len(_cache) >= _CACHED_CALLS:
         _cache.clear()
-    _cache[fields] = counted
+    if not any(reason.code in _PASSING for reason in decision.reasons):
+        _cache[fields] = counted
+        if epoch != _epoch:  # a kernel became ready, or failed, meanwhile
+            _cache.pop(fields, None)
     return counted
 
 
@@ -215,15 +239,28 @@ def _call(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) 
 # ---- the decision ----------------------------------------------------------------------------------------------------
 
 
-def decide_call(call: Call) -> Decision:
-    """Where a call goes, with every reason of a refusal."""
+def decide_call(call: Call, *, in_graph: bool = False, act: bool = True) -> Decision:
+    """Where a call goes, with every reason of a refusal.
+
+    Args:
+        in_graph: the call is traced into a graph, which must be able to run whenever it is called.
+        act: load, compile or have compiled what the call needs; if False, only tell what would happen.
+    """
     reasons = (*_against_circumstances(call.circumstances), *_against_shapes(call))
     if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
         return Decision("native", reasons)  # no spec can be made of it
-    decision = decide(_spec(call), Target.of(call.device), policy_of(call.token))
-    if not reasons:
+    spec, target, policy = _spec(call), Target.of(call.device), policy_of(call.token)
+    decision = decide(spec, target, policy)
+    if reasons:
+        return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
+    if not decision.routed:
         return decision
-    return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
+    how = policy.jit or "background"
+    bound = in_graph or call.deterministic or call.needs_grad and private.saved_tensors_are_hooked()
+    if how == "background" and bound:  # what runs later is to be as it is now
+        how = "block"
+    absent = jit.missing(launch.keys(spec, target), how, act=act)
+    return decision if absent is None else Decision("native", (absent,))
 
 
 def _spec(call: Call) -> AttentionSpec:
@@ -345,10 +382,11 @@ def _decide_in_graph(
     call = _call(token, query, key, value, *(options[name] for name in _IN_GRAPH))
     call = call._replace(circumstances=call.circumstances._replace(in_trace=False))  # of the compiler's own
     try:
-        decision = decide_call(call)
+        decision = decide_call(call, in_graph=True)
     except private.data_dependent_error() as error:
         decision = Decision("native", (Reason("unbacked_size", f"depends on a size known only at run time: {error}"),))
     _say_once(call, decision)
+    record.note("compiled", call)
     return decision
 
 
@@ -395,7 +433,8 @@ def explain(
     off = () if routes(token) else (Reason("off", "routing is off here: fa_sdpa.enable() turns it on"),)
     if unusual or off:
         return Decision("native", (*off, *unusual, *others))
-    decision = decide_call(_call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    call = _call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    decision = decide_call(call, act=False)
     return decision._replace(reasons=(*decision.reasons, *others))
 
 

@@ -15,8 +15,19 @@ from types import CodeType, ModuleType, TracebackType
 
 import fa_sdpa
 
+from . import record as calls
+from .policy import Policy
 
-def run(program: str, args: Sequence[str], *, module: bool, policy: str, report: Path | None) -> None:
+
+def run(
+    program: str,
+    args: Sequence[str],
+    *,
+    module: bool,
+    policy: str | Policy,
+    report: Path | None,
+    record: Path | None = None,
+) -> None:
     """Runs ``program`` as ``python program args…`` would, or ``python -m program args…`` for a module.
 
     What it raises and exits with is left to the interpreter, so that exit status, hooks, threads and exit handlers
@@ -26,9 +37,13 @@ def run(program: str, args: Sequence[str], *, module: bool, policy: str, report:
     main, code = _load_module(program) if module else _load_script(program)
     sys.modules["__main__"] = main
     sys.argv[:] = [str(main.__file__) if module else program, *args]
+    if record is not None:
+        calls.start()
+        atexit.register(calls.write, record.absolute())  # the program may change the directory
     fa_sdpa.enable(policy)
-    report = report and report.absolute()  # the program may change the directory
-    atexit.register(_report, policy, report)  # before the program's own exit handlers, hence run after them
+    report = report and report.absolute()
+    # Before the program's own exit handlers, hence run after them.
+    atexit.register(_report, Policy.of(policy).mode, report)
     exec(code, vars(main))
 
 

@@ -6,6 +6,7 @@ to the policy it was traced under.
 
 from __future__ import annotations
 
+import os
 import threading
 
 from ._torch_private import constant_while_tracing
@@ -40,8 +41,8 @@ def current_token() -> str:
 def token_of(policy: str | Policy) -> str:
     """The token of a policy or of a mode's name; ValueError from ``Policy`` if it is none."""
     if isinstance(policy, Policy):
-        return _token(policy.mode, policy.crossover)
-    return _token(policy, None)
+        return _token(policy.mode, policy.crossover, policy.jit)
+    return _token(policy, None, jit_from_environment())
 
 
 def traced_token() -> str:
@@ -49,9 +50,15 @@ def traced_token() -> str:
     return thread.traced
 
 
+@constant_while_tracing
+def jit_from_environment() -> str | None:
+    """What FA_SDPA_JIT says; a policy that was named in full does not ask."""
+    return os.environ.get("FA_SDPA_JIT") or None
+
+
 @constant_while_tracing  # takes a policy apart, because Dynamo can pass its fields as constants, but not the policy
-def _token(mode: str, crossover: Crossover | None) -> str:
-    policy = Policy(mode, crossover)  # type: ignore[arg-type]
+def _token(mode: str, crossover: Crossover | None, jit: str | None) -> str:
+    policy = Policy(mode, crossover, jit)  # type: ignore[arg-type]
     token = repr(policy)
     _policies[token] = policy
     return token

@@ -16,6 +16,7 @@ import torch
 
 from . import _torch_private as private
 from . import router
+from .kernels import jit
 from .policy import Policy
 from .state import OFF, current_token, process, thread, token_of, traced_token
 
@@ -76,8 +77,8 @@ class enable(_Setting):
     each state it runs in. To switch often, use blocks.
 
     Args:
-        policy: "auto" (where fa4 was measured faster), "always" (wherever a kernel runs the call), "never", or a
-            ``Policy``.
+        policy: "auto" (where fa4 was measured faster), "always" (wherever a kernel runs the call), "never", each with
+            the ``jit`` that FA_SDPA_JIT names or its default, or a ``Policy``.
 
     Raises:
         ValueError: ``policy`` is none of these.
@@ -106,7 +107,8 @@ def is_enabled() -> bool:
 
 
 def enable_from_environment() -> None:
-    """Obey FA_SDPA: 0 (off), 1 or auto, always, never. Warns, and changes nothing, where it can't."""
+    """Obey FA_SDPA: 0 (off), 1 or auto, always, never; and FA_SDPA_JIT, see ``Policy``. Warns, and changes nothing,
+    where it can't."""
     value = os.environ.get("FA_SDPA", "").strip().lower()
     if value in ("", "0"):
         return
@@ -260,6 +262,7 @@ class _Installation:
             if not self._handlers.installed:
                 self._handlers.install()
             self._forget_due = dynamo_may_have_compiled
+        jit.preload()
         router.take_native_kernel()
         self._override.install()
         self._checkpoint.install()
@@ -285,7 +288,7 @@ class _Installation:
 
 def _alone() -> bool:
     """Whether no other thread of Python's can be inside an SDPA call."""
-    return threading.active_count() == 1
+    return threading.active_count() - jit.threads_alive() == 1
 
 
 _installation = _Installation()

@@ -1,7 +1,11 @@
+import os
+
 import pytest
 import torch
 
 import fa_sdpa
+
+os.environ["FA_SDPA_CACHE_LIMIT_MB"] = "0"  # tests neither find what was compiled before nor leave anything behind
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,11 @@ from torch.library import opcheck
 import fa_sdpa
 import fa_sdpa.ops
 from fa_sdpa import kernels, reference
-from fa_sdpa.meta.spec import AttentionSpec
+from fa_sdpa.meta.spec import AttentionSpec, Options
 from fa_sdpa.meta.target import Target
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from forward_cases import LAYOUTS, with_layout  # noqa: E402
 
 SPEC = AttentionSpec(torch.bfloat16, 1, 4, 2, 256, 256, 64, 64)
 
@@ -91,32 +97,126 @@ def test_options(sq, sk, has_sink, options):
         torch.testing.assert_close(lse, expected_lse.float(), atol=1e-4, rtol=1e-4)
 
 
-def test_same_values_through_any_strides_give_the_same_bits():
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "padded"])
+@pytest.mark.parametrize(("heads", "heads_kv"), [(32, 8), (28, 4), (16, 1), (70, 1)])
+def test_one_query_per_head(heads, heads_kv, layout):
+    q, k, v = inputs(batch=9, heads=heads, heads_kv=heads_kv, sq=1, sk=1500, d=128)
+    q, k, v = (with_layout(x.contiguous(), layout) for x in (q, k, v))
+    for options in ({}, {"softcap": 20.0}, {"is_causal": True}, {"is_causal": True, "bottom_right": True}):
+        out, lse = fwd(q, k, v, **options)
+        wide = [x.double() for x in (q, k, v)]
+        expected, expected_lse = reference.attention(*wide, **options)
+        baseline, _ = reference.attention(q, k, v, **options)
+        assert out.stride() == torch.empty_like(q).stride()
+        assert reference.excess(out, expected, baseline) <= 0, reference.worst(out, expected)
+        torch.testing.assert_close(lse, expected_lse.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [64, 80, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_left": 90, "softcap": 15.0}], ids=str)
+def test_same_values_through_any_strides_give_the_same_bits(options, d):
+    q, k, v = (x.contiguous() for x in inputs(heads=4, heads_kv=2, sk=301, d=d))
+    expected = fwd(q, k, v, **options)
+    for layout_q, layout_kv in ((a, b) for a in LAYOUTS for b in (a, "bhsd", "packed", "cache")):
+        variant = [
+            with_layout(x, layout) for x, layout in zip((q, k, v), (layout_q, layout_kv, layout_kv), strict=True)
+        ]
+        for got, want in zip(fwd(*variant, **options), expected, strict=True):
+            assert torch.equal(got, want), (layout_q, layout_kv)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_packed_and_expanded_inputs_give_the_same_bits(is_causal):
     q, k, v = (x.contiguous() for x in inputs(heads=3, heads_kv=3, d=128))
-    expected = fwd(q, k, v, is_causal=True)
-    packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).contiguous()  # B, S, 3, H, D
-    odd = [torch.randn(*x.shape[:3], 131, device="cuda", dtype=x.dtype)[..., 1:129] for x in (q, k, v)]
-    for x, y in zip(odd, (q, k, v), strict=True):
-        x.copy_(y)
-    for variant in ([packed[:, :, i].transpose(1, 2) for i in range(3)], odd):
-        for got, want in zip(fwd(*variant, is_causal=True), expected, strict=True):
+    packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)  # of (B, S, 3, H, D)
+    for got, want in zip(fwd(*packed, is_causal=is_causal), fwd(q, k, v, is_causal=is_causal), strict=True):
+        assert torch.equal(got, want)
+    for dim in (0, 1):  # one sequence, or one head, of keys for all
+        shared = [x.narrow(dim, 0, 1).expand_as(x) for x in (k, v)]
+        copied = fwd(q, *(x.contiguous() for x in shared), is_causal=is_causal)
+        for got, want in zip(fwd(q, *shared, is_causal=is_causal), copied, strict=True):
             assert torch.equal(got, want)
+    shared = [x[:, :1] for x in (k, v)]  # one key/value head by GQA, or expanded to all: the same multiplications
+    expanded = fwd(q, *(x.expand_as(q) for x in shared), is_causal=is_causal)
+    for got, want in zip(fwd(q, *shared, is_causal=is_causal), expanded, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
 
 
-def test_repeats_are_bitwise_equal():
-    q, k, v = inputs(sq=1000, sk=1000, d=128)
-    first = fwd(q, k, v, is_causal=True)
+@pytest.mark.parametrize(
+    ("d", "heads", "heads_kv", "options"),
+    [
+        (64, 4, 4, {}),
+        (64, 8, 1, {"is_causal": True}),
+        (128, 28, 4, {"is_causal": True}),
+        (128, 4, 2, {"window_left": 100, "bottom_right": True, "is_causal": True}),
+        (256, 4, 2, {"softcap": 20.0}),
+    ],
+    ids=str,
+)
+def test_repeats_are_bitwise_equal(d, heads, heads_kv, options):
+    q, k, v = inputs(heads=heads, heads_kv=heads_kv, sq=1000, sk=1111, d=d)
+    sink = torch.randn(heads, device="cuda")
+    first = fwd(q, k, v, sink=sink, **options)
+    plain = fwd(q, k, v, **options)
     for _ in range(100):
-        for got, want in zip(fwd(q, k, v, is_causal=True), first, strict=True):
+        for got, want in zip(fwd(q, k, v, sink=sink, **options), first, strict=True):
+            assert torch.equal(got, want)
+        for got, want in zip(fwd(q, k, v, **options), plain, strict=True):
             assert torch.equal(got, want)
 
 
-def test_empty_and_keyless():
-    q, k, v = inputs(sk=0)
-    out, lse = fwd(q, k, v)
-    assert not out.any() and (lse == -torch.inf).all()
-    q, k, v = inputs(batch=0)
-    assert fwd(q, k, v)[0].shape == q.shape
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"window_left": 7, "softcap": 9.0}], ids=str)
+def test_empty_and_keyless(options, d):
+    q, k, v = inputs(sk=0, d=d)
+    out, lse = fwd(q, k, v, **options)
+    assert out.shape == q.shape and not out.any() and (lse == -torch.inf).all()
+    sink = torch.randn(4, device="cuda")
+    out, lse = fwd(q, k, v, sink=sink, **options)
+    assert not out.any() and torch.equal(lse, sink[:, None].expand_as(lse))
+    for sizes in ({"batch": 0}, {"sq": 0}, {"heads": 0, "heads_kv": 0}, {"batch": 0, "sk": 0}):
+        q, k, v = inputs(**sizes, d=d)
+        out, lse = fwd(q, k, v, **options)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_every_short_length(d, is_causal):
+    for sq, sk in (
+        [(s, s) for s in range(1, 18)] + [(1, s) for s in (2, 127, 128, 129, 1023)] + [(s, 1) for s in (2, 255)]
+    ):
+        q, k, v = inputs(sq=sq, sk=sk, d=d)
+        assert_within_bound(fwd(q, k, v, is_causal=is_causal)[0], q, k, v, is_causal)
+
+
+@pytest.mark.parametrize(
+    ("sq", "sk", "d", "options"),
+    [
+        (1 << 20, 1 << 20, 64, {"window_left": 3000, "window_right": 40}),
+        (1 << 20, 1 << 20, 128, {"window_left": 1000, "is_causal": True}),
+        (1 << 20, 513, 64, {"is_causal": True}),
+        (257, 1 << 20, 64, {}),
+        (257, 1 << 20, 128, {"is_causal": True, "bottom_right": True}),
+        (1 << 20, 1 << 20, 64, {"is_causal": True}),
+    ],
+    ids=str,
+)
+def test_long_sequences(sq, sk, d, options):
+    q, k, v = inputs(batch=1, heads=2, heads_kv=1, sq=sq, sk=sk, d=d)
+    out, lse = fwd(q, k, v, **options)
+    assert not out.isnan().any() and not lse.isnan().any()
+    left, right = Options(**options).bounds(sq, sk)
+    for row in sorted({0, 1, 127, 128, sq // 2, sq // 3, sq - 129, sq - 2, sq - 1}):
+        first = 0 if left is None else max(row + left, 0)
+        end = sk if right is None else min(row + right + 1, sk)
+        case = [q[:, :, row : row + 1], k[:, :, first:end], v[:, :, first:end]]  # a row and the keys that it sees
+        expected, expected_lse = reference.attention(*(x.double() for x in case))
+        baseline, _ = reference.attention(*case)
+        got = out[:, :, row : row + 1]
+        assert reference.excess(got, expected, baseline) <= 0, (row, reference.worst(got, expected))
+        torch.testing.assert_close(lse[:, :, row : row + 1], expected_lse.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_more_than_65535_sequences_and_2_to_the_31_elements():

@@ -16,7 +16,7 @@ LAYERS = (
     {"kernels", "reference"},
     {"_torch_private"},
     {"ops", "policy"},
-    {"state", "counts"},
+    {"state", "counts", "record", "warm"},
     {"router"},
     {"switch"},
     {"run", "doctor"},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,35 +22,46 @@ from fa_sdpa.kernels import launch
 from fa_sdpa.kernels.key import KernelKey
 from fa_sdpa.kernels.sm90 import config
 from fa_sdpa.meta.spec import AttentionSpec, Options
-from fa_sdpa.meta.target import Target
 
-H100 = Target("cuda", 90, "NVIDIA H100", 132, config.SMEM_PER_BLOCK)
-SPREAD = [  # head dims of every kind: padded and not, one Q stage and two, each tile_n, K and V of other widths
-    config.forward_key(dtype, head_dim, head_dim_v, is_causal)
-    for dtype, head_dim, head_dim_v, is_causal in (
-        (torch.float16, 8, 8, True),
-        (torch.bfloat16, 40, 40, False),
-        (torch.bfloat16, 80, 80, True),
-        (torch.bfloat16, 136, 136, False),
-        (torch.bfloat16, 192, 192, True),
-        (torch.bfloat16, 192, 128, True),
-        (torch.bfloat16, 128, 64, True),
-        (torch.bfloat16, 128, 256, True),
-        (torch.bfloat16, 256, 128, False),
-        (torch.float16, 64, 256, True),
-    )
-]
-OPTIONS = [
-    config.forward_key(dtype, head_dim, head_dim, is_causal, window=window, softcap=softcap, sink=sink)
-    for dtype, head_dim, is_causal, window, softcap, sink in (
-        (torch.bfloat16, 128, False, True, False, False),
-        (torch.float16, 64, False, True, True, True),
-        (torch.bfloat16, 256, False, True, True, True),
-        (torch.bfloat16, 128, False, False, True, False),
-        (torch.float16, 128, True, False, True, True),
-        (torch.bfloat16, 64, True, False, False, True),
-    )
-]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import sm90_sanitize  # noqa: E402
+from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
+
+COMPILE_ALL = bool(os.environ.get("FA_SDPA_COMPILE_ALL"))  # make compile-all: every head dim with every option
+MASKS = (
+    Options(),
+    Options(is_causal=True),
+    Options(window_left=100, window_right=20),
+)
+SHAPES = (  # batch, heads, heads_kv, seqlen_q, seqlen_k: few tiles and many, short and long, GQA
+    (1, 1, 1, 128, 128),
+    (84, 16, 16, 64, 64),
+    (1, 16, 16, 1024, 1024),
+    (4, 28, 4, 2048, 2048),
+    (1, 16, 16, 8192, 8192),
+    (1, 32, 8, 1, 32768),
+)
+
+
+def calls() -> Iterator[Case]:
+    """Calls that between them launch every tile with every option, each at the largest head dims that it serves, where
+    registers are scarcest; with COMPILE_ALL at every head dim and both dtypes."""
+    chosen = [
+        *(("bf16", d, d, True) for d in (64, 128, 192, 256)),
+        *(("fp16", d, d, False) for d in (64, 128, 192, 256)),
+        *((dtype, d, d, False) for dtype, d in (("fp16", 8), ("bf16", 40), ("bf16", 80), ("bf16", 96), ("bf16", 136))),
+        *(("bf16", *dims, False) for dims in ((192, 128), (128, 64), (128, 256), (256, 128), (64, 128))),
+        ("fp16", 64, 256, False),
+    ]
+    if COMPILE_ALL:
+        chosen += [(dtype, d, d, True) for dtype in ("bf16", "fp16") for d in range(8, 257, 8)]
+        chosen += [("bf16", d, dv, True) for d in range(64, 257, 64) for dv in range(64, 257, 64)]
+    for dtype, head_dim, head_dim_v, has_options in chosen:
+        extras = itertools.product((0.0, 30.0), (False, True)) if has_options else ((0.0, False),)
+        for (softcap, sink), mask, shape in itertools.product(extras, MASKS, SHAPES):
+            yield Case(dtype, head_dim, head_dim_v, *shape, mask._replace(softcap=softcap), sink)
+
+
 BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns, stores by TMA and from registers
     config.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
     for dtype, head_dim, head_dim_v, is_causal, window, softcap in (
@@ -72,7 +85,7 @@ BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns,
         (torch.bfloat16, 256, 8, False, False, False),
     )
 ]
-KEYS = (*config.all_keys(), *SPREAD, *OPTIONS, *BACKWARD)
+KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD)))
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -101,7 +114,7 @@ def cuda_tool(name: str) -> str:
 
 
 def test_key_names_are_distinct_and_parse_back():
-    assert len({key.name for key in KEYS}) == len(KEYS) == 54
+    assert len({key.name for key in KEYS}) == len(KEYS) >= 80
     for key in KEYS:
         assert KernelKey.parse(key.name) == key
     with pytest.raises(ValueError, match="is not a kernel name"):
@@ -173,8 +186,8 @@ def test_every_pair_of_head_dims_has_a_backward_tile():
 
 
 def test_configs_fit_the_register_file():
-    for head_dim, wide in ((64, False), (64, True), (128, False)):
-        chosen = config.forward_config(head_dim, head_dim, wide)
+    for head_dim, tile in ((64, "small"), (64, "normal"), (64, "wide"), (96, "wide"), (128, "normal")):
+        chosen = config.forward_config(head_dim, head_dim, tile)
         mma, producer = chosen.registers
         assert 128 * (chosen.mma_warpgroups * mma + producer) <= 65536
         assert mma % 8 == producer % 8 == 0
@@ -183,11 +196,40 @@ def test_configs_fit_the_register_file():
 def test_every_pair_of_head_dims_has_a_tile():
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
-            chosen = config.forward_config(head_dim, head_dim_v)
-            assert chosen.tile_n >= 80 and chosen.smem_bytes <= config.SMEM_PER_BLOCK
-            assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
+            for tile in config.forward_tiles(head_dim, head_dim_v, has_options=False):
+                chosen = config.forward_config(head_dim, head_dim_v, tile)
+                assert chosen.tile_n >= (64 if tile == "small" else 80)
+                assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
     with pytest.raises(ValueError, match="wide"):
-        config.forward_config(64, 72, wide=True)
+        config.forward_config(64, 104, "wide")
+
+
+@pytest.mark.parametrize(
+    ("call", "tile"),
+    [
+        # head_dim, is_causal, has_options, seqlen_q, sequences
+        ((128, True, False, 512, 16), "small"),
+        ((128, True, True, 512, 16), "small"),
+        ((128, True, False, 1024, 16), "small"),
+        ((128, False, False, 1024, 16), "normal"),
+        ((64, True, False, 1024, 16), "normal"),
+        ((80, False, False, 64, 84 * 16), "small"),
+        ((80, False, False, 65, 84 * 16), "normal"),
+        ((64, False, False, 512, 1024), "wide"),
+        ((64, False, True, 512, 1024), "normal"),
+        ((64, False, False, 256, 2048), "normal"),
+        ((64, False, False, 1024, 16), "normal"),  # 96 wide tiles, which would take one wave as 128 normal ones do
+        ((64, True, False, 2048, 256), "normal"),
+        ((64, True, False, 4096, 128), "wide"),
+        ((96, False, False, 4096, 84), "wide"),
+        ((128, False, False, 4096, 64), "normal"),
+    ],
+)
+def test_tile_of_a_call(call, tile):
+    head_dim, *rest = call
+    assert config.forward_tile(head_dim, head_dim, *rest, num_sms=132) == tile
+    assert tile in config.forward_tiles(head_dim, head_dim, rest[1])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -325,10 +367,10 @@ def test_windows_become_the_plainest_mask(options, seqlens, visible):
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """KEYS, compiled once for this module; its directory also holds the cubins."""
+def shares(tmp_path_factory):
+    """[(directory, keys)]: KEYS, compiled once for this module by one process per core, each into a bundle of its own;
+    the directories also hold the cubins."""
     needs_compiler()
-    directory = tmp_path_factory.mktemp("bundle")
     code = (
         "import pathlib, sys\n"
         "from fa_sdpa.kernels import compile\n"
@@ -343,47 +385,76 @@ def bundle(tmp_path_factory):
         "compile._compile = keep\n"
         "compile.write_bundle([KernelKey.parse(name) for name in sys.argv[2:]], directory)\n"
     )
-    env = {**os.environ, "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(directory)}
-    command = [sys.executable, "-c", code, str(directory), *(key.name for key in KEYS)]
-    subprocess.run(command, check=True, env=env, cwd=Path(__file__).parent.parent)
-    return directory
+    count = len(os.sched_getaffinity(0))
+    shares = [(tmp_path_factory.mktemp("bundle"), KEYS[i::count]) for i in range(count)]
+    running = []
+    for directory, keys in shares:
+        env = {**os.environ, "CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(directory)}
+        command = [sys.executable, "-c", code, str(directory), *(key.name for key in keys)]
+        running.append(subprocess.Popen(command, env=env, cwd=Path(__file__).parent.parent))
+    assert [process.wait() for process in running] == [0] * count
+    return shares
+
+
+@pytest.fixture(scope="module")
+def bundle(shares):
+    """One of the shares: a bundle and the keys that are in it."""
+    return shares[0]
+
+
+@pytest.fixture(scope="module")
+def usage(shares):
+    """What cuobjdump says about each kernel's resources, by name."""
+    tool, reports = cuda_tool("cuobjdump"), {}
+    for directory, keys in shares:
+        for key in keys:
+            command = [tool, "-res-usage", directory / f"{key.name}.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            reports[key.name] = done.stdout + done.stderr
+    return reports
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: key.name)
-def test_every_variant_compiles_without_spills(bundle, key):
-    cubin = bundle / f"{key.name}.cubin"
-    usage = subprocess.run([cuda_tool("cuobjdump"), "-res-usage", cubin], capture_output=True, text=True, check=True)
-    report = usage.stdout + usage.stderr
-    stacks = re.findall(r"STACK:(\d+)", report)
-    assert stacks and set(stacks) == {"0"}, report
+def test_every_variant_compiles_without_spills(usage, key):
+    report = usage[key.name]
+    for space in ("STACK", "LOCAL"):
+        assert set(re.findall(rf"{space}:(\d+)", report)) == {"0"}, report
+
+
+def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
+    reached = keys_of(random_case(0, index, BREADTH) for index in range(3000))
+    sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
+    assert {sm90_sanitize.code_path(key) for key in reached} <= sanitized
 
 
 def test_bundle_serves_its_kernels(bundle, monkeypatch):
     pytest.importorskip("tvm_ffi")
-    manifest = json.loads((bundle / compiling.MANIFEST).read_text())
-    assert manifest["schema"] == compiling.SCHEMA and set(manifest["kernels"]) == {key.name for key in KEYS}
-    monkeypatch.setenv("FA_SDPA_BUNDLE", str(bundle))
+    directory, keys = bundle
+    manifest = json.loads((directory / compiling.MANIFEST).read_text())
+    assert manifest["schema"] == compiling.SCHEMA and set(manifest["kernels"]) == {key.name for key in keys}
+    monkeypatch.setenv("FA_SDPA_BUNDLE", str(directory))
     monkeypatch.setattr(compiling, "_kernels", {})
     monkeypatch.setattr(compiling, "_compile", lambda key: pytest.fail(f"{key.name} was compiled"))
-    for key in KEYS:
+    for key in keys:
         assert callable(compiling.kernel(key))
         assert compiling.kernel(key) is compiling.kernel(key)
 
 
 def test_stale_or_missing_entries_are_compiled_instead(bundle, tmp_path, monkeypatch):
     pytest.importorskip("tvm_ffi")
-    manifest = json.loads((bundle / compiling.MANIFEST).read_text())
-    manifest["kernels"][KEYS[0].name]["source"] = "other"
-    del manifest["kernels"][KEYS[1].name]
+    directory, keys = bundle
+    manifest = json.loads((directory / compiling.MANIFEST).read_text())
+    manifest["kernels"][keys[0].name]["source"] = "other"
+    del manifest["kernels"][keys[1].name]
     (tmp_path / compiling.MANIFEST).write_text(json.dumps(manifest))
-    shutil.copy(bundle / compiling.LIBRARY, tmp_path)
+    shutil.copy(directory / compiling.LIBRARY, tmp_path)
     monkeypatch.setenv("FA_SDPA_BUNDLE", str(tmp_path))
     monkeypatch.setattr(compiling, "_kernels", {})
     compiled = []
     monkeypatch.setattr(compiling, "_compile", lambda key: compiled.append(key) or print)
-    for key in KEYS[:3]:
+    for key in keys[:3]:
         compiling.kernel(key)
-    assert compiled == list(KEYS[:2])
+    assert compiled == list(keys[:2])
 
 
 @pytest.mark.parametrize(

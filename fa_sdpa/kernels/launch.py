@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from ..meta.shapes import empty_grads, empty_out_lse
-from ..meta.spec import Options
+from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
 from . import family_of
-from .compile import Kernel, kernel
+from .compile import Kernel
+from .jit import first_launch, kernel
+from .key import KernelKey
 from .sm90 import config as sm90
 
 LOG2_E = math.log2(math.e)
@@ -23,7 +25,6 @@ class _Plan(NamedTuple):
 
     run: Kernel
     scale_log2: float  # of the default scale
-    num_sms: int
 
 
 class _BackwardPlan(NamedTuple):
@@ -60,7 +61,8 @@ def attention_fwd(
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
-        KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
+        KernelUnavailable: the kernel is in no bundle and cannot be compiled here, or not now, in a CUDA graph capture;
+            or its first launch failed.
     """
     out, lse = empty_out_lse(query, value)
     if lse.numel() == 0:
@@ -72,10 +74,15 @@ def attention_fwd(
     device = query.get_device()
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    is_plain = left is None and sink is None and not options.softcap
-    wide = is_plain and sm90.wants_wide_tile(head_dim, head_dim_v, is_causal, seqlen_q)
     flags = (left is not None, options.softcap > 0.0, sink is not None)
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, wide, flags, device)
+    batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
+    rows = query, out, lse
+    if seqlen_q == 1 and not is_causal and left is None and sink is None:
+        if sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms):
+            rows = _packed(query, out, lse, key.shape[1])
+            heads, seqlen_q = key.shape[1], heads // key.shape[1]
+    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
         scale_log2 = plan.scale_log2
@@ -86,8 +93,9 @@ def attention_fwd(
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
+    query, out_rows, lse_rows = rows
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out, lse, scale_log2, plan.num_sms, left, right, cap_factor, sink)
+    arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
     if device == torch.cuda.current_device():
         plan.run(*arguments)
     else:
@@ -160,6 +168,47 @@ def attention_bwd(
     return dq, dk, dv
 
 
+def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:
+    """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU.
+
+    Sizes that are symbolic may be any, with ``any_size`` all may, and so they may on a GPU whose size is not known.
+    """
+    if family_of(target) != "sm90":
+        return ()
+    window, is_causal = spec.window, spec.is_causal
+    if spec.bottom_right and is_causal and not window:
+        is_causal, left, _ = _visible(Options(True, bottom_right=True), spec.seqlen_q, spec.seqlen_k)
+        window = left is not None
+    flags = (window, spec.softcap > 0.0, spec.sink)
+    head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
+    batch, heads, heads_kv, seqlen_q = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q
+    tiles = sm90.forward_tiles(head_dim, head_dim_v, any(flags))
+    if target.num_sms and not any_size and all(isinstance(n, int) for n in (batch, heads, heads_kv, seqlen_q)):
+        packs = seqlen_q == 1 and not (is_causal or window or spec.sink)
+        if packs and sm90.packs_gqa(heads // heads_kv, batch * heads, target.num_sms):
+            heads, seqlen_q = heads_kv, heads // heads_kv
+        sizes = (seqlen_q, batch * heads, target.num_sms)
+        tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
+    is_causal = is_causal and not window
+    needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
+    if not spec.needs_grad:
+        return needed
+    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, window=window, softcap=flags[1])
+    return (*needed, backward)
+
+
+def _key(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    tile: sm90.Tile,
+    flags: tuple[bool, bool, bool],
+) -> KernelKey:
+    window, softcap, sink = flags
+    return sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, tile, window=window, softcap=softcap, sink=sink)
+
+
 def _visible(options: Options, seqlen_q: int, seqlen_k: int) -> tuple[bool, int | None, int | None]:
     """``(is_causal, left, right)``: row i sees the keys i + left … i + right or, where these are None, all keys or
     those up to i. A window that comes down to one of these two needs no kernel of its own."""
@@ -180,18 +229,32 @@ def _make_plan(
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    wide: bool,
+    tile: sm90.Tile,
     flags: tuple[bool, bool, bool],
     device: int,
 ) -> _Plan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
-    window, softcap, sink = flags
-    key = sm90.forward_key(dtype, head_dim, head_dim_v, is_causal, wide, window=window, softcap=softcap, sink=sink)
-    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim), target.num_sms)
-    _plans[dtype, head_dim, head_dim_v, is_causal, wide, flags, device] = plan
-    return plan
+    key = _key(dtype, head_dim, head_dim_v, is_causal, tile, flags)
+    plan = _Plan(kernel(key), LOG2_E / math.sqrt(head_dim))
+
+    def keep() -> None:
+        _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
+
+    return plan._replace(run=first_launch(key, plan.run, keep))
+
+
+def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of tensors with one query per head, where the heads that share a key/value head are rows of one head."""
+    batch, heads = lse.shape[:2]
+    group = heads // heads_kv
+
+    def pack(x: Tensor) -> Tensor:
+        of_batch, of_head, _, unit = x.stride()
+        return x.as_strided((batch, heads_kv, group, x.shape[3]), (of_batch, group * of_head, of_head, unit))
+
+    return pack(query), pack(out), lse.view(batch, heads_kv, group)
 
 
 def _make_backward_plan(
@@ -204,8 +267,11 @@ def _make_backward_plan(
     key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
     config = sm90.backward_config(head_dim, head_dim_v, softcap)
     plan = _BackwardPlan(kernel(key), target.num_sms, config.tile_m, config.scratch_per_block)
-    _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan
-    return plan
+
+    def keep() -> None:
+        _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan
+
+    return plan._replace(run=first_launch(key, plan.run, keep))
 
 
 def _addressable(x: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ An fp32 accumulator of a warp (mma.sync m16n8, and WGMMA m64 for each of its fou
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32
+from cutlass import Boolean, Float32, Int32
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import dsl_user_op
 
 
 def rows_by_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -50,10 +52,65 @@ def row_maximum(row: cute.TensorSSA, initial: Float32) -> Float32:
     return cute.arch.fmax(cute.arch.fmax(chains[0], chains[1]), cute.arch.fmax(chains[2], chains[3]))
 
 
+@dsl_user_op
+def pack_pair(
+    first: Float32, second: Float32, dtype: type[cutlass.Numeric], *, loc: object = None, ip: object = None
+) -> Int32:
+    """Two values rounded to 16 bit, the first one in the lower half.
+
+    Assembly with side effects, as the compiler would else move the conversions of weights beyond a branch that
+    rarely replaces them, and keep all of them alive in fp32 until then.
+    """
+    kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
+    values = [second.ir_value(loc=loc, ip=ip), first.ir_value(loc=loc, ip=ip)]
+    code = f"cvt.rn.{kind}.f32 $0, $1, $2;"
+    return Int32(_asm(Int32.mlir_type, values, code, "=r,f,f", loc=loc, ip=ip))
+
+
 @cute.jit
-def row_total(row: cute.TensorSSA, initial: Float32) -> Float32:
-    """Sum of ``initial`` and a row, in four independent chains."""
-    chains = [initial, row[0], row[1], row[2]]
-    for i in cutlass.range_constexpr(3, cute.size(row.shape)):
-        chains[i % 4] = chains[i % 4] + row[i]
-    return (chains[0] + chains[1]) + (chains[2] + chains[3])
+def end_of_block(never: Boolean) -> None:
+    """End the basic block, by a branch that is not taken. Within a block ptxas delays what nothing there depends on,
+    such as the release of a pipeline stage; ``never`` is a condition that it cannot know to be false."""
+    if never:
+        _trap()
+
+
+@dsl_user_op
+def read_thread_idx(*, loc: object = None, ip: object = None) -> Int32:
+    """threadIdx.x, read here and now: addresses computed from it are not kept in registers across a loop."""
+    return Int32(_asm(Int32.mlir_type, [], "mov.u32 $0, %tid.x;", "=r", loc=loc, ip=ip))
+
+
+@dsl_user_op
+def _trap(*, loc: object = None, ip: object = None) -> None:
+    _asm(None, [], "trap;", "", loc=loc, ip=ip)
+
+
+def _asm(result: object, values: list, code: str, constraints: str, *, loc: object, ip: object) -> object:
+    return llvm.inline_asm(
+        result,
+        values,
+        code,
+        constraints,
+        has_side_effects=True,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+@cute.jit
+def transpose_in_quad(values: cute.Tensor) -> None:
+    """Transpose the 4 x 4 matrix whose row ``l`` is the four 32-bit registers of a quad's lane ``l``, in place."""
+    lane = cute.arch.lane_idx()
+    for b in cutlass.range_constexpr(2):  # swap the off-diagonal 2 x 2 blocks at distance 1, then 2
+        is_upper = lane & 1 << b != 0
+        for i in cutlass.range_constexpr(4):
+            if cutlass.const_expr(not i & 1 << b):
+                j = i | 1 << b
+                kept = values[j] if is_upper else values[i]
+                sent = values[i] if is_upper else values[j]
+                received = cute.arch.shuffle_sync_bfly(sent, 1 << b)
+                values[i] = received if is_upper else kept
+                values[j] = kept if is_upper else received

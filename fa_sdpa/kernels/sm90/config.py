@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import torch
 
@@ -206,29 +207,82 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# From how many query rows on the 192-row tile of head dims up to 64 serves a call, by is_causal. For speed, measured at
-# d64 on an H100 (bf16, 16k tokens, 32 heads; docs/kernels/sm90_forward.md): full 3-15 % ahead at 512 … 16k, causal 10 %
-# ahead at 16k and 3 % and more behind up to 4k.
-WIDE_FROM = {False: 512, True: 8192}
+Tile = Literal["small", "normal", "wide"]
+
+# Keys per block of the wide tile, by the larger head dim: what leaves S, P and O within 160 registers of a thread.
+WIDE_KEYS = {64: 128, 96: 96}
+# From how many query rows on it serves a call, by is_causal and head dim. For speed, measured on an H100 (bf16, 16k
+# tokens; docs/kernels/sm90_forward.md): d64 is 8-30 % ahead of the normal tile at 512 … 16k without a mask, 6-19 % from
+# 4k on where causal, and 10 % and more behind at 2k; d80 and d96 win 6-19 % from 1.5k on and lose 3-9 % at 1k, causal
+# 1-11 % from 3k on and lose 6-7 % at 2k.
+WIDE_FROM = {(False, 64): 512, (True, 64): 4096, (False, 96): 1536, (True, 96): 3072}
+WIDE_TIME = 0.8  # of a wide tile, per row, where the normal one takes 1
 
 
-def wants_wide_tile(head_dim: int, head_dim_v: int, is_causal: bool, seqlen_q: int) -> bool:
-    """Which of a head dim's tiles serves a call; asked at launch, where sizes are plain integers."""
-    return head_dim <= 64 and head_dim_v <= 64 and seqlen_q >= WIDE_FROM[is_causal]
+def _wide_class(head_dim: int, head_dim_v: int) -> int | None:
+    """Key of WIDE_KEYS, None where there is no wide tile."""
+    return next((limit for limit in WIDE_KEYS if max(head_dim, head_dim_v) <= limit), None)
+
+
+def forward_tiles(head_dim: int, head_dim_v: int, has_options: bool) -> tuple[Tile, ...]:
+    """The tiles that serve calls of these head dims, with or without a window, softcap or sink."""
+    has_wide = _wide_class(head_dim, head_dim_v) is not None and not has_options
+    return ("small", "normal", "wide") if has_wide else ("small", "normal")
+
+
+def forward_tile(
+    head_dim: int, head_dim_v: int, is_causal: bool, has_options: bool, seqlen_q: int, sequences: int, num_sms: int
+) -> Tile:
+    """The tile that serves a call of ``sequences`` = batch · heads. Asked at launch, where sizes are plain integers.
+
+    Small: where even twice as many CTAs all run at once, or no tile is more than half full. In a CUDA graph on an H100
+    16 heads of 512 causal rows take 8.8 µs (normal: 11.5) at d128, 7.2 µs (9.2) without mask at d64, and 84 · 16 heads
+    of 64 rows 26 µs (33) at d80. Also beyond d64 where causal tiles, which differ in cost, all run at once: 1024 rows
+    take 15.5 µs (16.8) at d128. Without mask, or at d64, the normal tile is faster there.
+    Wide: from WIDE_FROM on, unless that leaves SMs idle in the last wave.
+    """
+    normal = -(-seqlen_q // 128) * sequences
+    if seqlen_q <= 64 or 2 * normal <= num_sms:
+        return "small"
+    if is_causal and normal <= num_sms and max(head_dim, head_dim_v) > 64:
+        return "small"
+    wide_class = _wide_class(head_dim, head_dim_v)
+    if wide_class is None or has_options or seqlen_q < WIDE_FROM[is_causal, wide_class]:
+        return "normal"
+    wide = -(-seqlen_q // 192) * sequences
+    time, wide_time = -(-normal // num_sms) * 128, -(-wide // num_sms) * 192 * WIDE_TIME
+    return "wide" if wide_time <= time else "normal"
+
+
+def packs_gqa(group: int, sequences: int, num_sms: int) -> bool:
+    """Whether the ``group`` query heads of a key/value head should be rows of one tile, where each has one query that
+    sees all keys (with more queries it would depend on strides, and results with it).
+
+    K and V are then read once instead of ``group`` times. With fewer sequences (batch · query heads) than SMs that
+    gains nothing, as each SM reads at its own limit and fewer would be at work.
+    """
+    return group > 1 and sequences > num_sms
 
 
 @functools.cache
-def forward_config(head_dim: int, head_dim_v: int, wide: bool = False) -> ForwardConfig:
-    """Tile for a pair of head dims; ValueError for head dims, or a wide tile, that no kernel has.
+def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal") -> ForwardConfig:
+    """Tile for a pair of head dims; ValueError for head dims, or a tile, that no kernel has.
 
-    Up to d64: O takes 32 registers of a thread, S 64 and P 32, so three warpgroups of 160 fit, and each K and V block
-    serves 192 rows; short sequences lose more to the ragged last tile than they win by that.
-    Beyond: two warpgroups of 240 registers, and the longest key block up to 128 that leaves S, P and O within
+    Small: one MMA warpgroup, 64 x 64.
+    Normal: two MMA warpgroups of 240 registers, and the longest key block up to 128 that leaves S, P and O within
     TILE_REGISTERS and two stages of K and V within shared memory. O at d128 takes 64 registers, at d256 128.
+    Wide: three MMA warpgroups of 160 registers, so that each K and V block serves 192 rows and the softmax of two
+    warpgroups runs beside the multiplications of the third.
     """
-    if wide and max(head_dim, head_dim_v) > 64:
-        raise ValueError(f"no wide tile for head_dim={head_dim}, head_dim_v={head_dim_v}")
-    tile_m, stages = 192 if wide else 128, 2
+    stages = 2
+    if tile == "small":
+        return ForwardConfig(head_dim, head_dim_v, 64, 64, stages)
+    if tile == "wide":
+        wide_class = _wide_class(head_dim, head_dim_v)
+        if wide_class is None:
+            raise ValueError(f"no wide tile for head_dim={head_dim}, head_dim_v={head_dim_v}")
+        return ForwardConfig(head_dim, head_dim_v, 192, WIDE_KEYS[wide_class], stages)
+    tile_m = 128
     registers = (TILE_REGISTERS - _round_up(head_dim_v, 16) // 2) * 4 // 3
     room = SMEM_PER_BLOCK - BARRIER_BYTES - 2 * tile_m * _round_up(head_dim, 64)  # beside one stage of Q
     smem = room // (2 * stages * (_round_up(head_dim, 64) + _round_up(head_dim_v, 64)))
@@ -242,14 +296,14 @@ def forward_key(
     head_dim: int,
     head_dim_v: int,
     is_causal: bool,
-    wide: bool = False,
+    tile: Tile = "normal",
     *,
     window: bool = False,
     softcap: bool = False,
     sink: bool = False,
 ) -> KernelKey:
     """Key of the forward kernel for what decides its code."""
-    config = forward_config(head_dim, head_dim_v, wide)
+    config = forward_config(head_dim, head_dim_v, tile)
     return KernelKey(
         "forward",
         ARCH,
@@ -312,12 +366,12 @@ def backward_key(
 def all_keys() -> tuple[KernelKey, ...]:
     """The plain kernels of the most common head dims. Those of other head dims, and with a window, softcap or sink, are
     compiled when they are needed."""
-    tiles = ((64, 64, False), (64, 64, True), (96, 96, False), (128, 128, False), (256, 256, False))
     return tuple(
-        forward_key(dtype, head_dim, head_dim_v, is_causal, wide)
+        forward_key(dtype, head_dim, head_dim, is_causal, tile)
         for dtype in DTYPE_NAMES
-        for head_dim, head_dim_v, wide in tiles
+        for head_dim in (64, 96, 128, 256)
         for is_causal in (False, True)
+        for tile in forward_tiles(head_dim, head_dim, has_options=False)
     )
 
 

@@ -4,7 +4,7 @@ For each query row, with c = softmax_scale · log2(e) and the keys j that the ro
 
     O = Σ_j 2^(s_j·c - m·c) · v_j / l,   l = Σ_j 2^(s_j·c - m·c),   lse = ln 2 · (m·c + log2 l),   s_j = q · k_j
 
-m is the (possibly lagging, see common/softmax.py) maximum of s_j; keys are visited in blocks of tile_n, right to left.
+m is a (possibly lagging, see common/softmax.py) maximum of s_j; keys are visited in blocks of tile_n, right to left.
 
 Roles (one CTA per SM, w = tile_m / 64 MMA warpgroups):
     warpgroup 0      producer; its warp 0 issues all TMA loads, the other three warps idle
@@ -20,15 +20,16 @@ Named barriers:
                   thus take turns on the tensor cores, and one's softmax runs under the others' WGMMAs.
     STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory
 
-Timeline of one MMA warpgroup, n blocks a tile (‖: at the same time; ' marks the next tile):
+Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during its softmax the others multiply:
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
-    i = 1 … n-1   S_i = Q K_iᵀ,  O += P_{i-1} V_{i-1}    ‖  softmax(S_i) → P_i; O rescaled if its maximum grew
-    boundary      S_0' = Q' K_0'ᵀ,  O += P_{n-1} V_{n-1}  ‖  softmax(S_0'); O / l → shared memory → TMA store; → P_0'
+    i = 1 … n-1   S_i = Q K_iᵀ, O += P_{i-1} V_{i-1};  softmax(S_i) → P_i; O rescaled if m was too low
+    boundary      S_0' = Q' K_0'ᵀ, O += P_{n-1} V_{n-1};  O / l → shared memory → TMA store;  softmax(S_0') → P_0'
 
 So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
-the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later; where
-there is no room for that, Q has one stage and O is stored from registers. Rows beyond seqlen_q are loaded as zeros and
-clipped by the store; keys beyond seqlen_k are loaded as zeros and masked.
+the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Where
+there is no room for that, Q has one stage, O is stored from registers, and the boundary is in two steps: Q' is loaded
+while P_{n-1} V_{n-1} and the store go on, then S_0' follows. Rows beyond seqlen_q are loaded as zeros and clipped by
+the store; keys beyond seqlen_k are loaded as zeros and masked.
 
 Head dims: shared memory holds whole 128-byte rows (64 columns), which TMA fills up with zeros; only the columns up to
 the next multiple of 16 are multiplied. For V, that is a WGMMA narrower than the tile that its descriptors describe.
@@ -48,7 +49,7 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90_helpers
-from cutlass import Float32, Int32, pipeline
+from cutlass import Boolean, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import LayoutEnum, SmemAllocator
 
@@ -114,11 +115,9 @@ class Operands(NamedTuple):
     tOrV: cute.Tensor  # descriptors of sV transposed, all stages
     tOrP: cute.Tensor  # registers, A operand
     acc_O: cute.Tensor  # registers, fp32
-    row_max: cute.Tensor  # of the rows of this thread; so are the next four
+    row_max: cute.Tensor  # of the rows of this thread; so are the next two
     row_sum: cute.Tensor
-    block_max: cute.Tensor  # of a tile's first block, while the last tile's row_max is still needed
     block_sum: cute.Tensor
-    growth: cute.Tensor
 
 
 class Forward:
@@ -376,9 +375,7 @@ class Forward:
             acc_O=acc_O,
             row_max=cute.make_rmem_tensor(rows, Float32),
             row_sum=cute.make_rmem_tensor(rows, Float32),
-            block_max=cute.make_rmem_tensor(rows, Float32),
             block_sum=cute.make_rmem_tensor(rows, Float32),
-            growth=cute.make_rmem_tensor(rows, Float32),
         )
 
     def _scores(self, mma_qk: cute.TiledMma) -> cute.Tensor:
@@ -420,73 +417,109 @@ class Forward:
         pipelines.k.consumer_release(k_state)
         k_state.advance()
         self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
-        self._begin_tile(acc_S, regs)
         while is_valid:
-            end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
             first_row = m_block * self.tile_m + tile_row
-            masked = cutlass.max(end - 1 - unmasked_end, 0)
-            if cutlass.const_expr(self.has_window):
-                start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
-                masked = cutlass.min(masked, end - 1 - start)
-            for i in cutlass.range(masked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._mask(acc_S, first_row, seqlen_k, end - 2 - i, scoring.window)
-                self._finish_block(acc_S, regs, pipelines, v_state, scoring)
-                k_state.advance()
-                v_state.advance()
-            unmasked = end - 1 - masked
-            if cutlass.const_expr(self.has_window):
-                unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
-            for _ in cutlass.range(unmasked, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._finish_block(acc_S, regs, pipelines, v_state, scoring)
-                k_state.advance()
-                v_state.advance()
-            if cutlass.const_expr(self.has_window):
-                visited = masked + unmasked
-                for i in cutlass.range(end - 1 - visited - start, unroll=1):
-                    acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                    self._mask(acc_S, first_row, seqlen_k, end - 2 - visited - i, scoring.window)
-                    self._finish_block(acc_S, regs, pipelines, v_state, scoring)
-                    k_state.advance()
-                    v_state.advance()
+            k_state, v_state = self._visit(
+                mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, m_block, first_row, seqlen_k, scoring
+            )
             pipelines.q.consumer_release(q_state)
             q_state.advance()
 
-            # The last P V of this tile together with the first Q Kᵀ of the next one. After the last tile that
-            # multiplies what the stages still hold and nothing reads the result: a branch around it would make ptxas
-            # serialise every WGMMA of the kernel.
+            # The last P V of this tile and the first Q Kᵀ of the next one. After the last tile that multiplies what the
+            # stages still hold and nothing reads the result: a branch around it would make ptxas serialise every WGMMA
+            # of the kernel.
             mLSE_done = mLSE[batch, head, None]
             gO = gmem.o[None, None, head, batch]
             sink = scoring.sink[head] if cutlass.const_expr(scoring.sink is not None) else None
             row_block = m_block * self.mma_warpgroups + wg
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             acc_S = self._scores(mma_qk)
-            if is_valid:
-                pipelines.q.consumer_wait(q_state)
-                pipelines.k.consumer_wait(k_state)
+            if cutlass.const_expr(self.q_stages == 2):
+                self._wait_tile(pipelines, q_state, k_state, is_valid)
             self._wait_turn(wg)
-            self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             pipelines.v.consumer_wait(v_state)
             self._issue_pv(mma_pv, regs, v_state)
+            if cutlass.const_expr(self.q_stages == 2):
+                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             self._pass_turn(wg, to_next=True)
-            warpgroup.wait_group(1)
-            if is_valid:
-                pipelines.k.consumer_release(k_state)
-            k_state.advance()
-            self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
-            warpgroup.wait_group(0)
+            warpgroup.wait_group(self.q_stages - 1)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, scoring.scale_log2, sink)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
             if cutlass.const_expr(self.stores_by_tma):
-                self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, tidx, wg)
+                self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, wg)
             else:
                 self._store_rows(regs.acc_O, gO, first_row)
-            self._begin_tile(acc_S, regs)
+            if cutlass.const_expr(self.q_stages == 1):
+                self._wait_tile(pipelines, q_state, k_state, is_valid)
+                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
+            warpgroup.wait_group(0)
+            if is_valid:
+                pipelines.k.consumer_release(k_state)
+                self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
+            k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _visit(
+        self,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        regs: Operands,
+        pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        wg: Int32,
+        m_block: Int32,
+        first_row: Int32,
+        seqlen_k: Int32,
+        scoring: Scoring,
+    ) -> tuple[pipeline.PipelineState, pipeline.PipelineState]:
+        """All key blocks of a tile but its first; the states of K and V afterwards."""
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
+        masked = cutlass.max(end - 1 - unmasked_end, 0)
+        if cutlass.const_expr(self.has_window):
+            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
+            masked = cutlass.min(masked, end - 1 - start)
+        for i in cutlass.range(masked, unroll=1):
+            acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+            self._mask(acc_S, first_row, seqlen_k, end - 2 - i, scoring.window)
+            self._softmax(acc_S, regs, scoring)
+            k_state.advance()
+            v_state.advance()
+        unmasked = end - 1 - masked
+        if cutlass.const_expr(self.has_window):
+            unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
+        for _ in cutlass.range(unmasked, unroll=1):
+            acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+            self._softmax(acc_S, regs, scoring)
+            k_state.advance()
+            v_state.advance()
+        if cutlass.const_expr(self.has_window):
+            visited = masked + unmasked
+            for i in cutlass.range(end - 1 - visited - start, unroll=1):
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                self._mask(acc_S, first_row, seqlen_k, end - 2 - visited - i, scoring.window)
+                self._softmax(acc_S, regs, scoring)
+                k_state.advance()
+                v_state.advance()
+        return k_state, v_state
+
+    @cute.jit
+    def _wait_tile(
+        self,
+        pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+        is_valid: Boolean,
+    ) -> None:
+        """Wait for Q and the first K of a tile, if there is one."""
+        if is_valid:
+            pipelines.q.consumer_wait(q_state)
+            pipelines.k.consumer_wait(k_state)
 
     @cute.jit
     def _first_weights(
@@ -498,7 +531,7 @@ class Forward:
         seqlen_k: Int32,
         scoring: Scoring,
     ) -> None:
-        """Weights of a tile's first block, in place, and its row statistics in block_max and block_sum."""
+        """P, m and l of a tile's first block; O = 0."""
         end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
         is_masked = unmasked_end < end
         if cutlass.const_expr(self.has_window):
@@ -508,15 +541,8 @@ class Forward:
             softmax.cap_scores(acc_S, scoring.cap_factor)
         if is_masked:
             self._mask(acc_S, m_block * self.tile_m + tile_row, seqlen_k, end - 1, scoring.window)
-        softmax.softmax_step(acc_S, regs.block_max, regs.block_sum, regs.growth, scoring.scale_log2, is_first=True)
-
-    @cute.jit
-    def _begin_tile(self, acc_S: cute.Tensor, regs: Operands) -> None:
-        """Make the first block's weights and statistics the tile's."""
-        self._round(acc_S, regs.tOrP)
+        softmax.first_weights(acc_S, regs.tOrP, regs.row_max, regs.row_sum, scoring.scale_log2)
         regs.acc_O.fill(0.0)
-        regs.row_max.store(regs.block_max.load())
-        regs.row_sum.store(regs.block_sum.load())
 
     @cute.jit
     def _block(
@@ -531,7 +557,7 @@ class Forward:
         wg: Int32,
         scoring: Scoring,
     ) -> cute.Tensor:
-        """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last one; S when there, capped."""
+        """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last; S when both are done, capped."""
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
@@ -539,39 +565,19 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         self._issue_pv(mma_pv, regs, v_state)
         self._pass_turn(wg, to_next=True)
-        warpgroup.wait_group(1)
+        warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
+        pipelines.v.consumer_release(v_state)
+        fragments.end_of_block(scoring.scale_log2 < 0.0)  # or the stages would be released after the softmax
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
         return acc_S
 
     @cute.jit
-    def _finish_block(
-        self,
-        acc_S: cute.Tensor,
-        regs: Operands,
-        pipelines: Pipelines,
-        v_state: pipeline.PipelineState,
-        scoring: Scoring,
-    ) -> None:
-        """Softmax of S while P V runs, then the new P; O is rescaled only if a maximum grew.
-
-        Within a basic block ptxas would put the wait for P V in front of the softmax, and l may be rescaled without a
-        branch. Waiting for V, which is there already, makes it one that ptxas cannot remove. The wait for P V itself
-        must stay outside: the warps of a warpgroup have to execute it together, and they differ in what grew.
-        """
-        grew = softmax.softmax_step(
-            acc_S, regs.row_max, regs.block_sum, regs.growth, scoring.scale_log2, is_first=False
+    def _softmax(self, acc_S: cute.Tensor, regs: Operands, scoring: Scoring) -> None:
+        softmax.next_weights(
+            acc_S, regs.tOrP, regs.acc_O, regs.row_max, regs.row_sum, regs.block_sum, scoring.scale_log2
         )
-        if grew:
-            pipelines.v.consumer_wait(v_state)
-            softmax.rescale_sums(regs.row_sum, regs.growth, scoring.scale_log2)
-        warpgroup.wait_group(0)
-        pipelines.v.consumer_release(v_state)
-        if grew:
-            fragments.scale_rows(regs.acc_O, regs.growth)
-        regs.row_sum.store(regs.row_sum.load() + regs.block_sum.load())
-        self._round(acc_S, regs.tOrP)
 
     @cute.jit
     def _issue_qk(
@@ -609,14 +615,6 @@ class Forward:
         warpgroup.commit_group()
 
     @cute.jit
-    def _round(self, acc_S: cute.Tensor, tOrP: cute.Tensor) -> None:
-        """P in 16 bit, laid out as the A operand of P V. One k-slice at a time: 8 values convert as 4 packed pairs, a
-        number of values that is no power of two would not."""
-        weights = fragments.as_operand_a(acc_S)
-        for k in cutlass.range_constexpr(cute.size(tOrP, mode=[2])):
-            tOrP[None, None, k].store(weights[None, None, k].load().to(self.dtype))
-
-    @cute.jit
     def _mask(
         self, acc_S: cute.Tensor, first_row: Int32, seqlen_k: Int32, n_block: Int32, window: Window | None
     ) -> None:
@@ -652,18 +650,18 @@ class Forward:
         sO: cute.Tensor,  # (64, head_dim_v, MMA warpgroups)
         mO: cute.Tensor,  # (s_q, dv) of one head, TMA coordinates
         row_block: Int32,
-        tidx: Int32,
         wg: Int32,
     ) -> None:
         """Round O, write it to this warpgroup's shared memory once its last store has read that; store it by TMA."""
         rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
-        is_storing_warp = tidx // 32 % 4 == 0
+        tidx = fragments.read_thread_idx() % WARPGROUP
+        is_storing_warp = tidx // 32 == 0
         if is_storing_warp:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.barrier(barrier_id=STORE + wg, number_of_threads=WARPGROUP)
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-        copy = cute.make_tiled_copy_C(atom, self._mma_pv(1, self.head_dim_v)).get_slice(tidx % WARPGROUP)
+        copy = cute.make_tiled_copy_C(atom, self._mma_pv(1, self.head_dim_v)).get_slice(tidx)
         cute.copy(copy, copy.retile(rO), copy.partition_D(sO[None, None, wg]))
         cute.arch.fence_view_async_shared()
         cute.arch.barrier(barrier_id=STORE + wg, number_of_threads=WARPGROUP)
@@ -682,15 +680,25 @@ class Forward:
         mO: cute.Tensor,  # (s_q, dv / 2) of one head, pairs of values as Int32
         first_row: Int32,
     ) -> None:
-        """Round O and write this thread's two rows from registers; a quad writes 16 neighbouring bytes at a time."""
+        """Round O and write this thread's two rows from registers, 64 neighbouring bytes of a row per quad at a time;
+        what is left of head dims that are no multiple of 32, 16 bytes at a time."""
         rO = cute.make_rmem_tensor(acc_O.layout, self.dtype)
         rO.store(acc_O.load().to(self.dtype))
         pairs = cute.recast_tensor(rO, Int32)
         lane = cute.arch.lane_idx() % 4
+        octets = self.head_dim_out // 8
         for r in cutlass.range_constexpr(2):
             row = first_row + 8 * r
+            for v in cutlass.range_constexpr(0, octets // 4 * 4, 4):
+                quarter = cute.make_rmem_tensor(4, Int32)
+                for i in cutlass.range_constexpr(4):
+                    quarter[i] = pairs[2 * (v + i) + r]
+                fragments.transpose_in_quad(quarter)
+                if row < mO.shape[0]:
+                    start = mO.iterator + cute.crd2idx((row, 4 * (v + lane)), mO.layout)
+                    cute.autovec_copy(quarter, cute.make_tensor(start.align(16), cute.make_layout(4)))
             if row < mO.shape[0]:
-                for v in cutlass.range_constexpr(self.head_dim_out // 8):
+                for v in cutlass.range_constexpr(octets // 4 * 4, octets):
                     mO[row, 4 * v + lane] = pairs[2 * v + r]
 
 

@@ -1,0 +1,123 @@
+"""What of the benchmarks needs no GPU: which cells and cases there are, whose turn it is, what is made of the times."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fa_sdpa import reference
+from fa_sdpa.kernels import launch
+from fa_sdpa.meta.spec import Options
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import forward_cases  # noqa: E402
+import sm90_forward  # noqa: E402
+from forward_cases import BREADTH, KV_LAYOUTS, PLAIN, SCORES, Case, random_case  # noqa: E402
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_each_contender_follows_each_other_one_equally_often(count):
+    orders = sm90_forward.orders(count)
+    assert len(orders) >= sm90_forward.ROUNDS
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    follows = collections.Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(follows) == set(itertools.permutations(range(count), 2)) and len(set(follows.values())) <= 1
+
+
+def test_cells_are_those_of_the_peers_tables():
+    grid, breadth = sm90_forward.CELLS["grid"], sm90_forward.CELLS["breadth"]
+    assert len(grid) == 24 and len(breadth) == 22
+    assert all(cell.batch * cell.seqlen_q == 16384 for cell in grid + breadth)
+    assert grid[0].flops == 4 * 32 * 32 * 512 * 512 * 64 and breadth[1].flops == 4 * 16 * 25 * 1024 * 1024 * 80 // 2
+    names = [str(cell) for cells in sm90_forward.CELLS.values() for cell in cells]
+    assert len(set(names)) == len(names)
+    assert "d192/128 causal 4096 b4 h10" in names and "d128 causal 8192 b2 h28/4" in names
+
+
+def test_ratios_above_one_are_ahead_in_both_units():
+    rows = [
+        {"group": "grid", "cell": "a", "unit": "TFLOP/s", "ours": 600.0, "torch": 500.0, "cudnn": 480.0, "fa4": None},
+        {"group": "grid", "cell": "b", "unit": "TFLOP/s", "ours": 300.0, "torch": 200.0, "cudnn": None, "fa4": 400.0},
+        {"group": "latency", "cell": "c", "unit": "µs", "ours": 10.0, "torch": 20.0, "cudnn": 8.0, "fa4": 9.0},
+        {"group": "decode", "cell": "d", "unit": "µs", "ours": 10.0, "torch": None, "cudnn": None, "fa4": None},
+    ]
+    for row in rows:
+        row["ratio"], row["ratio_cudnn"] = sm90_forward.ratio(row), sm90_forward.ratio(row, ("cudnn",))
+    assert [row["ratio"] for row in rows] == [1.2, 0.75, 0.8, None]
+    summary = sm90_forward.summary(rows)
+    assert set(summary) == {"grid", "latency"}
+    assert summary["grid"] == {
+        "cells": 2,
+        "geomean": 0.9487,
+        "minimum": 0.75,
+        "minimum_at": "b",
+        "ahead": 1,
+        "geomean_cudnn": 1.25,
+    }
+    assert "0.75" in sm90_forward.tables(rows)
+
+
+def test_a_peer_that_refuses_or_is_wrong_is_not_timed():
+    q = torch.randn(1, 2, 8, 16)
+    right = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    def raises(*arguments: object) -> torch.Tensor:
+        raise AssertionError("not this\nshape")
+
+    assert sm90_forward.refusal(lambda *_: right, (q, q, q), False, right) == ""
+    assert sm90_forward.refusal(raises, (q, q, q), False, right) == "AssertionError: not this"
+    assert "differs" in sm90_forward.refusal(lambda *_: right * 1.1, (q, q, q), False, right)
+
+
+def test_random_cases_are_drawn_again_alike_and_cover_what_the_forward_takes():
+    cases = [random_case(0, index, BREADTH) for index in range(5000)]
+    assert cases[123] == random_case(0, 123, BREADTH) != random_case(1, 123, BREADTH)
+    assert {case.head_dim for case in cases} == set(range(8, 257, 8))
+    assert {case.layout_kv for case in cases} == set(KV_LAYOUTS)
+    assert {case.heads // case.heads_kv for case in cases} >= {1, 2, 3, 4, 7, 8, 12}
+    assert min(case.seqlen_k for case in cases) == 0 and min(case.seqlen_q for case in cases) == 1
+    assert max(case.seqlen_q for case in cases) > 8192 and max(case.seqlen_k for case in cases) > 8192
+    assert all(case.batch * case.heads * case.seqlen_q * case.seqlen_k <= SCORES for case in cases)
+    options = [case.options for case in cases]
+    assert any(o.bottom_right and o.is_causal for o in options) and any(o.scale for o in options)
+    assert any(case.head_dim > case.head_dim_v for case in cases) and any(case.sink for case in cases)
+    assert {case.head_dim for case in (random_case(0, index, PLAIN) for index in range(100))} == {64, 128}
+
+
+@pytest.mark.parametrize("layout", KV_LAYOUTS)
+def test_layouts_are_layouts_of_the_same_shape(layout, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    case = Case("bf16", 16, 24, 2, 4, 2, 5, 7, layout_kv=layout, rising=True, sink=True)
+    query, key, value, sink = forward_cases.inputs(case, source="cpu")
+    assert query.shape == (2, 4, 5, 16) and key.shape == (2, 2, 7, 16) and value.shape == (2, 2, 7, 24)
+    assert sink is not None and sink.shape == (4,)
+    means = key.float().mean(dim=(0, 1, 3))
+    assert means[0] > means[-1] + 1  # rising: towards the first key
+    if not layout.startswith("expanded"):
+        copied = forward_cases.with_layout(key, layout)
+        assert torch.equal(copied, key) and copied.stride() == key.stride()
+
+
+@pytest.mark.parametrize("broken", ["out", "lse", "nan"])
+def test_the_gate_sees_a_wrong_result(broken, monkeypatch):
+    def attention_fwd(query, key, value, sink, options: Options):
+        out, lse = reference.attention(query, key, value, sink=sink, **options._asdict())
+        _, lse = reference.attention(query.float(), key.float(), value.float(), sink=sink, **options._asdict())
+        if broken == "out":
+            out[0, 0, 2] *= 1.1
+        if broken == "lse":
+            lse[0, 0, 2] += 1e-2
+        if broken == "nan":
+            out[0, 0, 2, 3] = torch.nan
+        return out, lse
+
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(forward_cases, "inputs", lambda case, draw=forward_cases.inputs: draw(case, source="cpu"))
+    monkeypatch.setattr(launch, "attention_fwd", attention_fwd)
+    message = forward_cases.check(Case("bf16", 64, 64, 1, 2, 1, 9, 33, spread=4.0)).message
+    assert message.startswith("lse" if broken == "lse" else "out") and "(0, 0, 2" in message
