@@ -63,8 +63,8 @@ def query_blocks(
     window: Window | None,
 ) -> tuple[Int32, Int32, Int32, Int32]:
     """``(start, unmasked_start, unmasked_end, end)``, rising: the key tile visits the query blocks from start to end;
-    those between the middle two need no mask. Rows beyond seqlen_q need none at all. All four are equal for a tile that
-    no row sees."""
+    those between the middle two need no mask. Rows beyond seqlen_q need none at all. A tile that no row sees visits one
+    block, masked."""
     first_key, end_key = n_block * tile_n, (n_block + 1) * tile_n
     blocks = cute.ceil_div(seqlen_q, tile_m)
     start, end = Int32(0), blocks
@@ -77,8 +77,9 @@ def query_blocks(
         unmasked_start = cute.ceil_div(cutlass.max(end_key - 1 - window.right, 0), tile_m)
         last_key = cutlass.min(end_key, seqlen_k) - 1
         end = cutlass.min(blocks, cute.ceil_div(cutlass.max(last_key - window.left + 1, 0), tile_m))
-        end = cutlass.max(end, start)
         unmasked_end = cutlass.max(first_key - window.left + 1, 0) // tile_m
+    start = cutlass.min(start, blocks - 1)
+    end = cutlass.max(end, start + 1)
     if end_key > seqlen_k:
         unmasked_start = end
     unmasked_start = cutlass.min(cutlass.max(unmasked_start, start), end)

@@ -187,6 +187,15 @@ class Place(NamedTuple):
     column: Int32  # of the block's queries: its warpgroup's first
 
 
+class Position(NamedTuple):
+    """Where a block stands among those of this CTA."""
+
+    before: Int32  # blocks of its tile that come before it
+    left: Int32  # and after it
+    tile: Int32  # 0 for the CTA's first
+    has_next_tile: Boolean
+
+
 class Context(NamedTuple):
     """What stays the same over all blocks of all tiles."""
 
@@ -209,7 +218,7 @@ class Backward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
-        self.stores_by_tma = config.stores_by_tma
+        self.stores_by_tma, self.k_stages = config.stores_by_tma, config.k_stages
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
@@ -221,7 +230,7 @@ class Backward:
         dq = self.width if self.dq_by_rows else self.width // 2
         unit, unit_v = self.width // half, self.width_v // half
         return Layouts(
-            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
+            k=smem_layout(self.dtype, self.tile_n, self.width, self.k_stages, min(dq, unit)),
             v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
             q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
             do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
@@ -260,7 +269,7 @@ class Backward:
 
         @cute.struct
         class SharedStorage:
-            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.k_stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
@@ -396,7 +405,7 @@ class Backward:
         )
         width = self.dtype.width // 8
         pipelines = Pipelines(
-            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
+            self._pipeline(storage.k_barriers, self.k_stages, self.tile_n * self.width * width),
             self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
             self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
@@ -463,16 +472,16 @@ class Backward:
         qhead_per_kvhead: Int32,
     ) -> None:
         """Producer warp, for each tile: K, V, then Q and dO of all blocks of all query heads of the group."""
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.k_stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, _, _, end = self._query_blocks(n_block, gmem, window)
-            self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
-            self._load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
-            kv_state.advance()
+            self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
+            k_state.advance()
             for i in cutlass.range(end - start, unroll=1):
                 m_block = end - 1 - i
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
@@ -485,6 +494,10 @@ class Backward:
                             smem.statistics[None, q_state.index],
                             mbar_ptr=pipelines.q.producer_get_barrier(q_state),
                         )
+                    if i == 0 and g == 0:  # V is not free before the last tile's last block, which waits for this Q
+                        gV = gmem.v[None, None, head_kv, batch]
+                        self._load_tile(atoms.v, gV, smem.v, n_block, pipelines.v, v_state)
+                        v_state.advance()
                     self._load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
                     q_state.advance()
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
@@ -524,19 +537,20 @@ class Backward:
         dV and dK of every tile from there."""
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        source = sdQ[None, 0, 0, wg].iterator
+        before = Int32(-1)
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, _, _, end = self._query_blocks(n_block, gmem, window)
             first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
             for i in cutlass.range(end - start, unroll=1):
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    self._exchange_dq(wg)
-                    block = Int64(first_block + g * blocks + end - 1 - i)
-                    with cute.arch.elect_one():
-                        target = scratch.sums[None, 0, 0, wg, block].iterator
-                        bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
-                    cute.arch.cp_async_bulk_commit_group()
+                    block = first_block + g * blocks + end - 1 - i
+                    if cutlass.const_expr(self.splits_keys):
+                        if before >= 0:
+                            self._add_block(scratch, sdQ, before, wg)
+                        before = block
+                    else:
+                        self._add_block(scratch, sdQ, block, wg)
             if cutlass.const_expr(self.stores_by_tma):
                 row_block = n_block * 2 + wg
                 for atom, mX, layout in (
@@ -552,7 +566,18 @@ class Backward:
                     cute.copy(atom, tXsX, tXgX)
                     cute.arch.cp_async_bulk_commit_group()
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        if before >= 0:
+            self._add_block(scratch, sdQ, before, wg)
         cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _add_block(self, scratch: Scratch, sdQ: cute.Tensor, block: Int32, wg: Int32) -> None:
+        """Wait for an MMA warpgroup's dQ of a block and add it to its sums."""
+        self._exchange_dq(wg)
+        target = scratch.sums[None, 0, 0, wg, Int64(block)].iterator
+        with cute.arch.elect_one():
+            bulk_add(target, sdQ[None, 0, 0, wg].iterator, 4 * WARPGROUP * self.dq_values)
+        cute.arch.cp_async_bulk_commit_group()
 
     @cute.jit
     def _exchange_dq(self, wg: Int32) -> None:
@@ -629,11 +654,17 @@ class Backward:
         if cutlass.const_expr(self.splits_keys):
             if wg == 0:
                 cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.k_stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        tile = Int32(0)
+        if cutlass.const_expr(self.splits_keys):
+            pipelines.k.consumer_wait(k_state)
+            pipelines.q.consumer_wait(q_state)
+            self._issue_s(mmas, regs, q_state, k_state.index)
         while is_valid:
             start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
             if cutlass.const_expr(not self.has_window):
@@ -641,11 +672,12 @@ class Backward:
             first_key = n_block * self.tile_n + place.row
             total = (end - start) * qhead_per_kvhead
             left = total
-            pipelines.k.consumer_wait(kv_state)
-            if left > 0:
+            step, has_next, next_n_block, next_head_kv, next_batch = self._find_tile(step + 1, tiles)
+            if cutlass.const_expr(not self.splits_keys):
+                pipelines.k.consumer_wait(k_state)
                 pipelines.q.consumer_wait(q_state)
-            self._issue_s(mmas, regs, q_state)
-            pipelines.v.consumer_wait(kv_state)
+                self._issue_s(mmas, regs, q_state, k_state.index)
+            pipelines.v.consumer_wait(v_state)
             regs.acc_dK.fill(0.0)
             regs.acc_dV.fill(0.0)
             sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
@@ -656,56 +688,61 @@ class Backward:
                     for g in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
                         block = first_block + g * blocks + end - 1 - i
-                        self._block(
-                            context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator
-                        )
+                        at = Position(total - 1 - left, left, tile, has_next)
+                        target = sums[None, Int64(block)].iterator
+                        self._block(context, q_state, k_state, v_state, at, limits, target)
                         q_state.advance()
             for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     block = first_block + g * blocks + unmasked_end - 1 - i
-                    self._block(context, q_state, left == total - 1, left, None, sums[None, Int64(block)].iterator)
+                    at = Position(total - 1 - left, left, tile, has_next)
+                    target = sums[None, Int64(block)].iterator
+                    self._block(context, q_state, k_state, v_state, at, None, target)
                     q_state.advance()
             for i in cutlass.range(unmasked_start - start, unroll=1):
                 limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     block = first_block + g * blocks + unmasked_start - 1 - i
-                    self._block(context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator)
+                    at = Position(total - 1 - left, left, tile, has_next)
+                    target = sums[None, Int64(block)].iterator
+                    self._block(context, q_state, k_state, v_state, at, limits, target)
                     q_state.advance()
-            if cutlass.const_expr(self.splits_keys):
-                if total > 0:
-                    cute.arch.mbarrier_wait(
-                        pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
-                    )
-                acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+            if cutlass.const_expr(not self.splits_keys):
                 warpgroup.wait_group(0)
-                if total > 0:
-                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, sums[None, Int64(0)].iterator)
-            warpgroup.wait_group(0)
-            pipelines.k.consumer_release(kv_state)
-            pipelines.v.consumer_release(kv_state)
-            kv_state.advance()
+                pipelines.k.consumer_release(k_state)
+                pipelines.v.consumer_release(v_state)
+            k_state.advance()
+            v_state.advance()
             if cutlass.const_expr(self.stores_by_tma):
                 self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
                 self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
             else:
                 self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
                 self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+            is_valid, n_block, head_kv, batch = has_next, next_n_block, next_head_kv, next_batch
+            tile += 1
+        if cutlass.const_expr(self.splits_keys):
+            stage, k_stage = 1 - q_state.index, 1 - k_state.index
+            cute.arch.mbarrier_wait(pipelines.ds_full + stage, q_state.phase ^ stage)
+            acc_dQ = self._issue_dq(mmas, regs, stage, k_stage)
+            warpgroup.wait_group(0)
+            self._give_dq(acc_dQ, smem, pipelines, place, stage, scratch.sums.iterator)
 
     @cute.jit
-    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
-        tSrQ = regs.tSrQ[None, None, None, q_state.index]
-        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16, zero_init=True)
+    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState, k_stage: Int32) -> None:
+        tSrK, tSrQ = regs.tSrK[None, None, None, k_stage], regs.tSrQ[None, None, None, q_state.index]
+        issue(mmas.sdp, regs.acc_S, tSrK, tSrQ, self.head_dim // 16, zero_init=True)
 
     @cute.jit
     def _block(
         self,
         context: Context,
         state: pipeline.PipelineState,  # of this block's Q and dO
-        is_first: Boolean,  # of its tile
-        left: Int32,  # how many blocks of this tile come after this one
+        k_state: pipeline.PipelineState,  # of this tile's K
+        v_state: pipeline.PipelineState,  # of this tile's V
+        at: Position,
         limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
         target: cute.Pointer,  # this thread's first sum of dQ
     ) -> None:
@@ -726,6 +763,9 @@ class Backward:
                 mask_right(regs.acc_S, limits[1], fill)
         self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
         warpgroup.wait_group(0)
+        if cutlass.const_expr(self.splits_keys):
+            if at.left == 0:
+                pipelines.v.consumer_release(v_state)
         self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
         tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
         tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
@@ -737,10 +777,11 @@ class Backward:
             self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
             self._arrive(pipelines.ds_full + stage)
             dq_stage = 1 - stage
-            if not is_first:
+            dq_k_stage = k_state.index if at.before > 0 else 1 - k_state.index
+            if at.before + at.tile > 0:
                 cute.arch.mbarrier_wait(pipelines.ds_full + dq_stage, state.phase ^ dq_stage)
         else:
-            dq_stage = stage
+            dq_stage, dq_k_stage = stage, Int32(0)
             self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place)
             self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
             cute.arch.barrier(barrier_id=SCORES, number_of_threads=THREADS)
@@ -748,26 +789,45 @@ class Backward:
             issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         warpgroup.wait_group(1)  # dV: frees the registers of P
-        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
+        acc_dQ = self._issue_dq(mmas, regs, dq_stage, dq_k_stage)
         warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
         cute.arch.sync_warp()  # all lanes have read its statistics
         pipelines.q.consumer_release(state)
         pipelines.do.consumer_release(state)
         following = state.clone()
         following.advance()
-        if left > 0:
-            pipelines.q.consumer_wait(following)
-        self._issue_s(mmas, regs, following)
         if cutlass.const_expr(self.splits_keys):
-            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
-        warpgroup.wait_group(1)
-        if not self.splits_keys or not is_first:
+            other_k = k_state.clone()
+            other_k.advance()
+            if at.left == 0:
+                if at.before == 0:  # the K to wait for takes the place of the one that this dQ, and the other's, needs
+                    warpgroup.wait_group(0)
+                    if at.tile > 0:
+                        pipelines.k.consumer_release(other_k)
+                    cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
+                if at.has_next_tile:
+                    pipelines.k.consumer_wait(other_k)
+            if at.left > 0 or at.has_next_tile:
+                pipelines.q.consumer_wait(following)
+            self._issue_s(mmas, regs, following, k_state.index if at.left > 0 else other_k.index)
+            if at.before + at.left > 0:
+                cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
+            warpgroup.wait_group(1)
+            if at.before + at.tile > 0:
+                if at.before == 0 and at.left > 0:
+                    pipelines.k.consumer_release(other_k)
+                self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
+        else:
+            if at.left > 0:
+                pipelines.q.consumer_wait(following)
+            self._issue_s(mmas, regs, following, Int32(0))
+            warpgroup.wait_group(1)
             self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
 
     @cute.jit
-    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
+    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32, k_stage: Int32) -> cute.Tensor:
         acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
-        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, k_stage]
         issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
         return acc_dQ
 

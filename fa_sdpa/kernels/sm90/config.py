@@ -182,6 +182,11 @@ class BackwardConfig:
         return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
 
     @property
+    def k_stages(self) -> int:
+        """With 2, a tile's last dQ and the next tile's first S overlap like those of any two blocks."""
+        return 2 if self.splits_keys else 1
+
+    @property
     def stores_by_tma(self) -> bool:
         """Whether dK and dV, one after the other, are stored from dQ's shared memory; if not, from registers."""
         room = 4 * self.tile_m * self.dq_columns // self.mma_warpgroups
@@ -198,7 +203,8 @@ class BackwardConfig:
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
-        tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        k_v = self.tile_n * (self.k_stages * self.head_dim_smem + self.head_dim_v_smem)
+        tiles = 2 * (k_v + self.stages * (self.tile_m * width + scores))
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
@@ -272,10 +278,10 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
     tile_m / 2 each of S, dP and dQ. A softcap needs some more. Shared memory holds 128 keys beside two stages of 64
-    queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to 64) are within 192 KB.
+    queries and their dQ if 1 KB for each column of Q and 512 bytes for each of V (padded to 64) are within 192 KB.
     """
     columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
-    smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
+    smem = 1024 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
     if columns > (192 if softcap else 256) or smem > 192 << 10:
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
