@@ -364,15 +364,15 @@ def backward_key(
 
 
 def all_keys() -> tuple[KernelKey, ...]:
-    """The plain kernels of the most common head dims. Those of other head dims, and with a window, softcap or sink, are
-    compiled when they are needed."""
-    return tuple(
+    """The plain kernels of the most common head dims, forward and backward. Those of other head dims, and those with a
+    window, softcap or sink, are compiled when they are needed."""
+    common = [(t, d, is_causal) for t in DTYPE_NAMES for d in (64, 96, 128, 256) for is_causal in (False, True)]
+    forward = (
         forward_key(dtype, head_dim, head_dim, is_causal, tile)
-        for dtype in DTYPE_NAMES
-        for head_dim in (64, 96, 128, 256)
-        for is_causal in (False, True)
+        for dtype, head_dim, is_causal in common
         for tile in forward_tiles(head_dim, head_dim, has_options=False)
     )
+    return (*forward, *(backward_key(dtype, head_dim, head_dim, is_causal) for dtype, head_dim, is_causal in common))
 
 
 def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
