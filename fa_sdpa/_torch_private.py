@@ -6,6 +6,7 @@ installed, so that a torch that moved one is refused by name instead of failing 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -32,6 +33,10 @@ _PARTS = {
     "torch._C._autograd._top_saved_tensors_default_hooks": "checkpoints whose forward is under way",
     "torch._C._get_dispatch_mode": "make_fx",
     "torch._C._TorchDispatchModeKey.PROXY": "make_fx",
+    "torch._C._get_deterministic_algorithms": "what a call is decided by",
+    "torch._C._len_torch_dispatch_stack": "modes that see every op",
+    "torch._C._autograd._profiler_enabled": "profilers that see every op",
+    "torch._C._FunctionBase.apply": "autograd of eager calls",
     "torch._guards._TLS": "a compiler at work in this thread",
     "torch._C._dynamo.eval_frame.set_code_exec_strategy": "frames that Dynamo leaves alone",
     "torch._C._dynamo.eval_frame._FrameExecStrategy": "frames that Dynamo leaves alone",
@@ -132,6 +137,36 @@ def tracing() -> bool:
     return torch._C._get_tracing_state() is not None or _proxy_mode() is not None
 
 
+def dispatch_modes_open() -> bool:
+    """Whether a mode sees every op that is called in this thread: TorchDispatchMode, fake tensors, make_fx."""
+    return torch._C._len_torch_dispatch_stack() != 0
+
+
+def nothing_open() -> bool:
+    """Whether SDPA's backends are all on, and no transform, forward-mode level, trace, mode or profiler is at work."""
+    c = torch._C
+    return (
+        c._get_flash_sdp_enabled()
+        and c._get_mem_efficient_sdp_enabled()
+        and c._get_math_sdp_enabled()
+        and c._get_cudnn_sdp_enabled()
+        and c._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and c._get_tracing_state() is None
+        and not c._len_torch_dispatch_stack()
+        and not c._autograd._profiler_enabled()
+    )
+
+
+# torch.cuda.current_device without what it does for a process that has not initialised CUDA.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls outside of torch.func, which it need not look for again."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def _proxy_mode() -> Any:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
 
@@ -205,8 +240,8 @@ class Override:
 
 
 def native_kernel() -> Callable[..., torch.Tensor]:
-    """Torch's own SDPA, called with ``KEYSET`` and the op's arguments. To be taken while no Override is installed."""
-    return torch.library.get_kernel(OP, "Undefined").call_boxed
+    """Torch's own SDPA, called with the op's arguments. To be taken while no Override is installed."""
+    return functools.partial(torch.library.get_kernel(OP, "Undefined").call_boxed, KEYSET)
 
 
 def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:

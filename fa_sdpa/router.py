@@ -25,7 +25,7 @@ from .kernels import jit, launch
 from .kernels.compile import KernelUnavailable
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
-from .ops import VERSION
+from .ops import VERSION, attention
 from .policy import decide
 from .state import OFF, current_token, policy_of, process, thread
 
@@ -70,8 +70,17 @@ class Call(NamedTuple):
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
 
+class _Known(NamedTuple):
+    """What is known of eager calls that are alike."""
+
+    routed: bool
+    tick: Callable[[], int]  # counts one
+    runs: dict[tuple[Any, ...], attention.Run]  # what serves a routed one without the dispatcher, by its strides
+
+
 _CACHED_CALLS = 4096
-_cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
+_CACHED_RUNS = 64  # for each of them
+_cache: dict[tuple[Any, ...] | None, _Known] = {}
 _PASSING = {"capturing", "compiling"}  # reasons that end, and that depend on more than the call
 _kernels_changed = itertools.count()  # how often decisions were forgotten, because others may hold now
 _epoch = 0
@@ -84,6 +93,8 @@ def _forget_decisions() -> None:
 
 
 jit.on_change(_forget_decisions)
+_compiler = private.compiler
+_is_grad_enabled, _is_deterministic = torch.is_grad_enabled, torch._C._get_deterministic_algorithms
 _native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
 
 
@@ -93,50 +104,112 @@ def take_native_kernel() -> None:
     _native = private.native_kernel()
 
 
-def sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here.
+
+    The dispatcher leaves out arguments that equal their default. attn_mask, dropout_p and is_causal come in ``args``,
+    scale and enable_gqa in ``kwargs``, and are handed on just so.
+    """
+    token = thread.token or process.token
+    if token != OFF and _compiler.__dict__.get("tracing_context") is None:
+        fields = None
+        if type(query) is type(key) is type(value) is Tensor or _plain(query, key, value):
+            try:
+                fields = (  # all that a Call is made of, in ordinary circumstances
+                    token,
+                    query.shape,
+                    key.shape,
+                    value.shape,
+                    query.device,
+                    query.dtype,
+                    args if not args or args[0] is None else (args[0].dtype, *args[1:]),
+                    kwargs and tuple(kwargs.items()) or None,
+                    _is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad),
+                    _is_deterministic(),
+                )
+            except RuntimeError:  # a strided nested tensor is plain by its type, and has no shape
+                pass
+        known = _cache.get(fields) or _look_at(fields, token, query, key, value, args, kwargs)
+        if not known[0]:
+            known[1]()
+        else:
+            out = _routed(known, fields, token, query, key, value, args, kwargs)
+            if out is not None:
+                return out
+    elif token != OFF and torch.compiler.is_exporting():
+        tally("eager", Decision("native", (_EXPORT,))).tick()
+    return _native(query, key, value, *args, **kwargs)
+
+
+def _look_at(
+    fields: tuple[Any, ...] | None, token: str, query: Tensor, key: Tensor, value: Tensor, args: Any, kwargs: Any
+) -> _Known:
+    """What is to be known of a call that is not in the cache."""
+    if fields is None:
+        return _known(_unusual(query, key, value))
+    return _remember(fields, Call(*_fields(token, query, key, value, *_options(*args, **kwargs))))
+
+
+def _routed(
+    known: _Known, fields: Any, token: str, query: Tensor, key: Tensor, value: Tensor, args: Any, kwargs: Any
+) -> Tensor | None:
+    """A call that is routed in ordinary circumstances; None where these are others, or its kernel failed just now.
+
+    The second of two calls that are alike, where nothing is open that would see the op, goes straight to the kernel.
+    """
+    layout = None
+    if private.nothing_open():
+        try:
+            layout = (
+                *(query.stride(), key.stride(), value.stride()),
+                *(key.device, value.device, key.dtype, value.dtype),
+            )
+        except RuntimeError:  # a sparse tensor is plain by its type, and has no strides
+            pass
+        run = known[2].get(layout) if layout else None
+        if run is not None:
+            known[1]()
+            done = run(query, key, value)
+            if done is not None:
+                return done[0]
+            return _by_op(query, key, value, *_options(*args, **kwargs))
+    circumstances = _circumstances(query, key, value)
+    if circumstances != _ORDINARY:  # they can only take a call away from fa4
+        unlike = (fields, circumstances)
+        call = Call(*_fields(token, query, key, value, *_options(*args, **kwargs)), circumstances)
+        known = _cache.get(unlike) or _remember(unlike, call)
+        known[1]()
+        return None
+    known[1]()
+    options = _options(*args, **kwargs)
+    out = _by_op(query, key, value, *options)
+    if out is not None and layout is not None:
+        if len(known.runs) >= _CACHED_RUNS:
+            known.runs.clear()
+        _, _, is_causal, scale, _ = options
+        known.runs[layout] = attention.prepared(query, key, value, out.requires_grad, is_causal=is_causal, scale=scale)
+    return out
+
+
+def _by_op(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor | None:
+    """The call through ``fa4::attention_fwd``; None if its first launch fails, which is said, and never comes again."""
+    _, _, is_causal, scale, _ = options
+    try:
+        return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+    except KernelUnavailable:
+        return None
+
+
+def _options(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
-    token = thread.token or process.token
-    if token != OFF:
-        counted = _eager_tally(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if counted is not None:
-            counted[1]()
-            if counted[0]:
-                try:
-                    return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
-                except KernelUnavailable:  # its first launch failed; that was said, and no call comes here again
-                    pass
-    return _native(
-        private.KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-def _eager_tally(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tally | None:
-    """The tally that an eager call counts in, which says where it goes; None while a compiler traces the call."""
-    if getattr(private.compiler, "tracing_context", None) is not None:
-        return tally("eager", Decision("native", (_EXPORT,))) if torch.compiler.is_exporting() else None
-    if not type(query) is type(key) is type(value) is Tensor and not _plain(query, key, value):
-        return _unusual(query, key, value)
-    try:
-        call = _fields(token, query, key, value, *options)
-    except RuntimeError:  # a strided nested tensor is plain by its type, and has no shape
-        return _unusual(query, key, value)
-    counted = _cache.get(call) or _remember(call)
-    if counted[0]:  # the circumstances, which cost 2 µs to look at, can only take a call away from fa4
-        circumstances = _circumstances(query, key, value)
-        if circumstances != _ORDINARY:
-            call = (*call, circumstances)
-            counted = _cache.get(call) or _remember(call)
-    return counted
+) -> tuple[Tensor | None, float, bool, float | None, bool]:
+    """SDPA's options with its defaults, in its order."""
+    return attn_mask, dropout_p, is_causal, scale, enable_gqa
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -154,7 +227,7 @@ def _fields(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Any, ...]:
-    """The fields of a Call in ordinary circumstances: a plain tuple is cheaper to make than a named one."""
+    """The fields of a Call in ordinary circumstances."""
     return (
         token,
         query.shape,
@@ -186,20 +259,23 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
     )
 
 
-def _remember(fields: tuple[Any, ...]) -> Tally:
+def _remember(fields: tuple[Any, ...], call: Call) -> _Known:
     epoch = _epoch
-    call = Call(*fields)
     decision = decide_call(call)
     _say_once(call, decision)
     record.note("eager", call)
-    counted = tally("eager", decision)
+    known = _known(tally("eager", decision))
     if len(_cache) >= _CACHED_CALLS:
         _cache.clear()
     if not any(reason.code in _PASSING for reason in decision.reasons):
-        _cache[fields] = counted
+        _cache[fields] = known
         if epoch != _epoch:  # a kernel became ready, or failed, meanwhile
             _cache.pop(fields, None)
-    return counted
+    return known
+
+
+def _known(counted: Tally) -> _Known:
+    return _Known(counted.routed, counted.tick, {})
 
 
 def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:

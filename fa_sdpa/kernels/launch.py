@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _torch_private as private
 from ..meta.shapes import empty_out_lse
 from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
@@ -28,6 +31,17 @@ class _Plan(NamedTuple):
 
 
 _plans: dict[tuple, _Plan] = {}
+
+
+class _Launch(NamedTuple):
+    """What follows from the sizes and options of a call."""
+
+    run: Kernel
+    packs: bool  # the query heads of a key/value head are rows of one head
+    scalars: tuple[Any, ...]  # the kernel's arguments between its tensors and the sink
+
+
+Run = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
 
 
 def attention_fwd(
@@ -61,18 +75,79 @@ def attention_fwd(
         sink = sink.to(torch.float32).contiguous()
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf) if sink is None else lse.copy_(sink[:, None].expand_as(lse))
+    launch = _launch_of(query, key, value, sink is not None, options)
+    rows = _packed(query, out, lse, key.shape[1]) if launch.packs else (query, out, lse)
+    query, out_rows, lse_rows = rows
+    query, key, value = _addressable(query), _addressable(key), _addressable(value)
     device = query.get_device()
+    if device == torch.cuda.current_device():
+        launch.run(query, key, value, out_rows, lse_rows, *launch.scalars, sink)
+    else:
+        with torch.cuda.device(device):
+            launch.run(query, key, value, out_rows, lse_rows, *launch.scalars, sink)
+    return out, lse
+
+
+def prepared(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+    """``attention_fwd`` without a sink for calls like this one, which has run: with tensors of these sizes, strides,
+    dtypes and devices. All that does not depend on addresses is settled here.
+
+    What it returns gives None, and has done nothing, where tensors are not what they seem (``is_ordinary``).
+    """
+
+    def any_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        return attention_fwd(query, key, value, None, options) if is_ordinary(query, key, value) else None
+
+    if key.shape[2] == 0 or query.numel() == 0:
+        return any_run
+    run, packs, scalars = _launch_of(query, key, value, False, options)
+    if packs or not (_addressable(query) is query and _addressable(key) is key and _addressable(value) is value):
+        return any_run
+    device, index, empty, empty_like = query.device, query.get_device(), torch.empty, torch.empty_like
+    float32, rows, current_device = torch.float32, query.shape[:3], private.current_device
+    empty_out = None
+    if value.shape[3] != query.shape[3]:
+        out, _ = empty_out_lse(query, value)
+        empty_out = functools.partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=device)
+
+    def fast_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        if not is_ordinary(query, key, value):
+            return None
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != index:
+            return attention_fwd(query, key, value, None, options)
+        out = empty_out() if empty_out else empty_like(query)
+        lse = empty(rows, dtype=float32, device=device)
+        run(query, key, value, out, lse, *scalars, None)
+        return out, lse
+
+    return fast_run
+
+
+def is_ordinary(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether plain tensors are in memory as they are: not negated by a flag, wrapped by a functorch level that is
+    over, or made without memory, all of which the dispatcher would see to."""
+    try:
+        return bool(
+            query.data_ptr()
+            and key.data_ptr()
+            and value.data_ptr()
+            and not (query.is_neg() or key.is_neg() or value.is_neg())
+        )
+    except RuntimeError:
+        return False
+
+
+def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, options: Options) -> _Launch:
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    flags = (left is not None, options.softcap > 0.0, sink is not None)
+    flags = (left is not None, options.softcap > 0.0, has_sink)
     batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
-    rows = query, out, lse
-    if seqlen_q == 1 and not is_causal and left is None and sink is None:
-        if sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms):
-            rows = _packed(query, out, lse, key.shape[1])
-            heads, seqlen_q = key.shape[1], heads // key.shape[1]
+    packs = seqlen_q == 1 and not is_causal and left is None and not has_sink
+    packs = packs and sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms)
+    if packs:
+        heads, seqlen_q = key.shape[1], heads // key.shape[1]
     tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms)
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, query.get_device())
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
         scale_log2 = plan.scale_log2
@@ -83,15 +158,7 @@ def attention_fwd(
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    query, out_rows, lse_rows = rows
-    query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
-    if device == torch.cuda.current_device():
-        plan.run(*arguments)
-    else:
-        with torch.cuda.device(device):
-            plan.run(*arguments)
-    return out, lse
+    return _Launch(plan.run, packs, (scale_log2, num_sms, left, right, cap_factor))
 
 
 def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _torch_private as private
 from .. import kernels
-from ..kernels import launch
+from ..kernels import jit, launch
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
 from ..meta.spec import AttentionSpec, Options
@@ -46,6 +46,7 @@ _lib.define(
     f"*, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_tags,
 )
+Run = launch.Run
 _fwd = torch.ops.fa4.attention_fwd.default
 _bwd = torch.ops.fa4.attention_bwd.default
 
@@ -244,6 +245,53 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dsink, None
 
 
+class _AttentionOut(_Attention):
+    """The same for out alone, of a call that ``prepared`` serves."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, run, kwargs):  # type: ignore[no-untyped-def,override]
+        done = run(query, key, value)
+        if done is None:
+            with private.below_autograd():
+                done = _fwd(query, key, value, **kwargs)
+        out, lse = done
+        ctx.save_for_backward(query, key, value, out, lse, None)
+        ctx.kwargs = kwargs
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def,override]
+        return _Attention.backward(ctx, dout, None)
+
+
+_apply_out = private.apply_of(_AttentionOut)
+
+
+def prepared(
+    query: Tensor, key: Tensor, value: Tensor, needs_grad: bool, *, is_causal: bool, scale: float | None
+) -> Run:
+    """``attention_fwd`` past the dispatcher for plain tensors of these sizes, strides, dtypes and devices, a call of
+    which has run, with gradients recorded or not. No transform or forward-mode level may be open, and nothing that
+    should see the op. It returns (out, lse), or out alone in a tuple if gradients are recorded; or None, if this call
+    has to go through the op."""
+    kwargs: dict[str, Any] = {"is_causal": True} if is_causal else {}
+    if scale is not None:
+        kwargs["scale"] = scale
+    run = _device_run(query, key, value, Options(**kwargs))
+    if not needs_grad:
+        return run
+    return lambda query, key, value: (_apply_out(query, key, value, run, kwargs),)
+
+
+def _device_run(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+    if query.is_cuda:
+        return launch.prepared(query, key, value, options)
+    return lambda query, key, value: (
+        cpu.attention_fwd(query, key, value, None, options) if launch.is_ordinary(query, key, value) else None
+    )
+
+
 class _AttentionBackward(torch.autograd.Function):
     """Runs attention_bwd under create_graph=True; raises only if somebody does differentiate the gradients."""
 
@@ -267,15 +315,40 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
             "fa4::attention_fwd takes no part in torch.func transforms and forward-mode AD: call "
             "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
         )
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
+
+
+_runs: dict[tuple[Any, ...] | None, Run] = {}  # of calls that have run
+jit.on_change(_runs.clear)
 
 
 @torch.library.impl(_lib, "attention_fwd", "Autograd")
 def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     if _is_recorded(query, key, value, sink):
         return _Attention.apply(query, key, value, sink, kwargs)
+    facts = None
+    plain = type(query) is type(key) is type(value) is Tensor
+    if plain and sink is None and not private.dispatch_modes_open():  # else others are to see what is called
+        try:
+            facts = (
+                *(query.shape, key.shape, value.shape, query.stride(), key.stride(), value.stride()),
+                *(query.device, key.device, value.device, query.dtype, key.dtype, value.dtype),
+                tuple(kwargs.items()),
+                torch._C._get_deterministic_algorithms(),
+            )
+        except RuntimeError:  # nested or sparse: the checks below word the error
+            pass
+    run = _runs.get(facts)
+    done = run(query, key, value) if run else None
+    if done is not None:
+        return done
     with private.below_autograd():
-        return _fwd(query, key, value, sink=sink, **kwargs)
+        done = _fwd(query, key, value, sink=sink, **kwargs)
+    if facts and facts not in _runs:
+        if len(_runs) >= 4096:
+            _runs.clear()
+        _runs[facts] = _device_run(query, key, value, _options(**kwargs))
+    return done
 
 
 @torch.library.impl(_lib, "attention_bwd", "Autograd")
