@@ -103,20 +103,25 @@ def prepared(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run
     run, packs, scalars = _launch_of(query, key, value, False, options)
     if packs or not (_addressable(query) is query and _addressable(key) is key and _addressable(value) is value):
         return any_run
-    device, index, empty, empty_like = query.device, query.get_device(), torch.empty, torch.empty_like
-    float32, rows, current_device = torch.float32, query.shape[:3], private.current_device
+    device, index, empty_like, contiguous = query.device, query.get_device(), torch.empty_like, torch.contiguous_format
+    like_lse = torch.empty((), dtype=torch.float32, device=device).expand(query.shape[:3])  # takes no memory
+    current_device = private.current_device
     empty_out = None
     if value.shape[3] != query.shape[3]:
         out, _ = empty_out_lse(query, value)
         empty_out = functools.partial(torch.empty_strided, out.shape, out.stride(), dtype=out.dtype, device=device)
 
     def fast_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
-        if not is_ordinary(query, key, value):
+        try:
+            q, k, v = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        except RuntimeError:
             return None
-        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != index:
-            return attention_fwd(query, key, value, None, options)
+        if (q | k | v) & 15 or current_device() != index or not (q and k and v):
+            return any_run(query, key, value)
+        if query.is_neg() or key.is_neg() or value.is_neg():
+            return None
         out = empty_out() if empty_out else empty_like(query)
-        lse = empty(rows, dtype=float32, device=device)
+        lse = empty_like(like_lse, memory_format=contiguous)
         run(query, key, value, out, lse, *scalars, None)
         return out, lse
 
