@@ -70,6 +70,7 @@ class Call(NamedTuple):
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
 
+
 class _Known(NamedTuple):
     """What is known of eager calls that are alike."""
 
@@ -176,7 +177,9 @@ def _routed(
     circumstances = _circumstances(query, key, value)
     if circumstances != _ORDINARY:  # they can only take a call away from fa4
         unlike = (fields, circumstances)
-        call = Call(*_fields(token, query, key, value, *_options(*args, **kwargs)), circumstances)
+        call = Call(*_fields(token, query, key, value, *_options(*args, **kwargs)))._replace(
+            circumstances=circumstances
+        )
         known = _cache.get(unlike) or _remember(unlike, call)
         known[1]()
         return None

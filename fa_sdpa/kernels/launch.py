@@ -41,7 +41,7 @@ class _Launch(NamedTuple):
     scalars: tuple[Any, ...]  # the kernel's arguments between its tensors and the sink
 
 
-Run = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+Run = Callable[[Tensor, Tensor, Tensor], "tuple[Tensor, ...] | None"]
 
 
 def attention_fwd(

@@ -237,7 +237,11 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             return (None,) * 5
         query, key, value, out, lse, sink = ctx.saved_tensors
-        dq, dk, dv = _bwd(dout, query, key, value, out, lse, **ctx.kwargs)
+        if torch.is_grad_enabled() or private.transform_active() or private.forward_ad_active():
+            dq, dk, dv = _bwd(dout, query, key, value, out, lse, **ctx.kwargs)
+        else:  # nothing records: the Autograd kernel would only hand the call on
+            with private.below_autograd():
+                dq, dk, dv = _bwd(dout, query, key, value, out, lse, **ctx.kwargs)
         dsink = None
         if ctx.needs_input_grad[3]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
             p = torch.exp(sink.to(lse.dtype)[:, None] - lse)
@@ -249,7 +253,7 @@ class _AttentionOut(_Attention):
     """The same for out alone, of a call that ``prepared`` serves."""
 
     @staticmethod
-    def forward(ctx, query, key, value, run, kwargs):  # type: ignore[no-untyped-def,override]
+    def forward(ctx, query, key, value, run, kwargs):  # type: ignore[no-untyped-def]
         done = run(query, key, value)
         if done is None:
             with private.below_autograd():
