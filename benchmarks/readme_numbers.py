@@ -22,7 +22,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *rows))
 
 
-def forward(content: dict[str, Any]) -> str:
+def kernel(content: dict[str, Any]) -> str:
     """Ours against the contenders in the grid's cells, one row per head dim and mask, one column per seqlen."""
     cells = [cell for cell in content["results"] if cell.get("group", "grid") == "grid"]
     seqlens = sorted({cell["seqlen"] for cell in cells})
@@ -51,7 +51,8 @@ def first_call(content: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "sm90_forward_h100": forward,
+    "sm90_forward_h100": kernel,
+    "sm90_backward_h100": kernel,
     "llama_eval_h100": llama,
     "first_call_h100": first_call,
 }

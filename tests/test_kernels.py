@@ -62,7 +62,30 @@ def calls() -> Iterator[Case]:
             yield Case(dtype, head_dim, head_dim_v, *shape, mask._replace(softcap=softcap), sink)
 
 
-KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()))))
+BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns, stores by TMA and from registers
+    config.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    for dtype, head_dim, head_dim_v, is_causal, window, softcap in (
+        (torch.bfloat16, 64, 64, False, False, False),
+        (torch.float16, 64, 64, True, False, False),
+        (torch.bfloat16, 64, 64, False, True, False),
+        (torch.bfloat16, 64, 64, False, True, True),
+        (torch.bfloat16, 128, 128, False, False, False),
+        (torch.float16, 128, 128, True, False, False),
+        (torch.bfloat16, 128, 128, False, True, False),
+        (torch.bfloat16, 128, 128, False, True, True),
+        (torch.bfloat16, 96, 96, True, False, True),
+        (torch.float16, 8, 8, True, False, False),
+        (torch.bfloat16, 80, 48, True, False, False),
+        (torch.bfloat16, 192, 64, False, True, False),
+        (torch.bfloat16, 64, 192, False, False, False),
+        (torch.bfloat16, 192, 128, True, False, False),
+        (torch.bfloat16, 192, 192, False, True, True),
+        (torch.bfloat16, 256, 256, True, False, False),
+        (torch.float16, 256, 256, False, True, True),
+        (torch.bfloat16, 256, 8, False, False, False),
+    )
+]
+KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD)))
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -109,6 +132,7 @@ def test_key_names_are_distinct_and_parse_back():
         {"tile_n": -16},
         {"stages": 0},
         {"window": True, "is_causal": True},
+        {"sink": True, "direction": "backward"},
     ],
 )
 def test_key_is_checked_at_birth(change):
@@ -131,6 +155,34 @@ def test_key_is_checked_at_birth(change):
 def test_config_is_checked_at_birth(values, message):
     with pytest.raises(ValueError, match=message):
         config.ForwardConfig(*values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((128, 128, 96, 128, 2), "tile_m"),
+        ((128, 128, 64, 96, 2), "tile_n"),
+        ((128, 128, 64, 128, 3), "stages"),
+        ((256, 256, 128, 64, 2), "smem_bytes"),
+        ((240, 16, 64, 128, 2), "tile_n"),
+        ((100, 128, 64, 128, 2), "head_dim"),
+        ((128, 264, 64, 64, 2), "head_dim_v"),
+    ],
+)
+def test_backward_config_is_checked_at_birth(values, message):
+    with pytest.raises(ValueError, match=message):
+        config.BackwardConfig(*values)
+
+
+def test_every_pair_of_head_dims_has_a_backward_tile():
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            for softcap in (False, True):
+                chosen = config.backward_config(head_dim, head_dim_v, softcap)
+                assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                assert chosen.stages_dq or not chosen.splits_keys  # a late dQ is only ever added from shared memory
+                rows = chosen.tile_m * (2 + chosen.dq_columns)
+                assert chosen.scratch_per_block == rows and chosen.dq_columns >= head_dim
 
 
 def test_configs_fit_the_register_file():
@@ -159,7 +211,9 @@ def test_every_pair_of_head_dims_has_a_tile():
         # head_dim, is_causal, has_options, seqlen_q, sequences
         ((128, True, False, 512, 16), "small"),
         ((128, True, True, 512, 16), "small"),
-        ((128, True, False, 1024, 16), "normal"),
+        ((128, True, False, 1024, 16), "small"),
+        ((128, False, False, 1024, 16), "normal"),
+        ((64, True, False, 1024, 16), "normal"),
         ((80, False, False, 64, 84 * 16), "small"),
         ((80, False, False, 65, 84 * 16), "normal"),
         ((64, False, False, 512, 1024), "wide"),
@@ -205,6 +259,7 @@ def test_refusal_lists_every_reason():
         dropout_p=0.1,
         scale=-1.0,
         needs_grad=True,
+        deterministic=True,
         last_dim_contiguous=False,
     )
     reasons = kernels.unsupported(call, H100._replace(smem_per_block=101_376))
@@ -215,11 +270,19 @@ def test_refusal_lists_every_reason():
         "attn_mask",
         "dropout",
         "scale",
-        "no_backward",
+        "nondeterministic",
         "strides",
         "shared_memory",
     ]
     assert "84" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
+
+
+def test_gradients_have_a_kernel_except_in_deterministic_mode():
+    for change in ({}, {"window": True}, {"softcap": 30.0}, {"head_dim": 256, "head_dim_v": 8}):
+        assert kernels.unsupported(spec(needs_grad=True, **change), H100) == ()
+    assert kernels.unsupported(spec(deterministic=True), H100) == ()
+    reasons = kernels.unsupported(spec(needs_grad=True, deterministic=True), H100)
+    assert [reason.code for reason in reasons] == ["nondeterministic"]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])

@@ -51,6 +51,10 @@ def test_readme_is_in_step_with_the_results():
     assert done.returncode == 0, done.stderr
 
 
+def test_crossover_table_is_in_step_with_the_results():
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "crossover_table.py", "--check"], check=True)
+
+
 def test_readme_tells_what_explain_says(capsys):
     console = (ROOT / "README.md").read_text().split("```console\n")[1].split("```")[0]
     samples = [sample.split("\n", 1) for sample in console.split("$ python -m fa_sdpa ")[1:]]

@@ -310,7 +310,7 @@ def test_other_layouts(convert):
         assert "layout" in {reason.code for reason in fa_sdpa.explain(*x).reasons}
 
 
-@pytest.mark.parametrize("field, code", [("needs_grad", "no_backward"), ("deterministic", "nondeterministic")])
+@pytest.mark.parametrize("field, code", [("needs_grad", "no_gradient"), ("deterministic", "nondeterministic")])
 def test_what_a_kernel_lacks(monkeypatch, field, code):
     """Kernels refuse gradients and deterministic algorithms through the spec; no CPU kernel does."""
 

@@ -37,7 +37,7 @@ from .key import KernelKey
 SCHEMA = 1  # of manifest.json
 LIBRARY, MANIFEST = "kernels.so", "manifest.json"
 GPU_ARCH = {90: "sm_90a"}  # the compiler's name of an arch
-CLASSES = {"forward": "Forward"}  # direction (a family's module) → its kernel class
+CLASSES = {"forward": "Forward", "backward": "Backward"}  # direction (a family's module) → its kernel class
 PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-core", "quack-kernels", "apache-tvm-ffi")
 
 THREADS = "fa_sdpa: "  # how the names of our threads begin

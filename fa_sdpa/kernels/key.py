@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 DTYPES = ("bf16", "fp16")
-DIRECTIONS = ("forward",)
+DIRECTIONS = ("forward", "backward")
 _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
     r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
@@ -22,7 +22,7 @@ class KernelKey:
     Raises ValueError for a value that no kernel can have; what one family can run is its ``config``'s business.
     """
 
-    direction: str  # "forward"
+    direction: str  # of DIRECTIONS
     arch: int  # compute capability times ten
     dtype: str  # of DTYPES
     head_dim: int
@@ -51,6 +51,8 @@ class KernelKey:
             raise ValueError(f"{self.stages=} must be at least 1")
         if self.window and self.is_causal:
             raise ValueError(f"{self.window=}: its right bound replaces is_causal")
+        if self.sink and self.direction == "backward":
+            raise ValueError(f"{self.sink=}: to the backward a sink is part of lse")
 
     @property
     def name(self) -> str:

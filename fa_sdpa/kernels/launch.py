@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch_private as private
-from ..meta.shapes import empty_out_lse
+from ..meta.shapes import empty_grads, empty_out_lse
 from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
 from . import family_of
@@ -30,7 +30,17 @@ class _Plan(NamedTuple):
     scale_log2: float  # of the default scale
 
 
+class _BackwardPlan(NamedTuple):
+    """The same for the backward."""
+
+    run: Kernel
+    num_sms: int
+    tile_m: int
+    scratch_per_block: int  # fp32 elements for each tile_m query rows of a head
+
+
 _plans: dict[tuple, _Plan] = {}
+_backward_plans: dict[tuple, _BackwardPlan] = {}
 
 
 class _Launch(NamedTuple):
@@ -166,6 +176,70 @@ def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, option
     return _Launch(plan.run, packs, (scale_log2, num_sms, left, right, cap_factor))
 
 
+def attention_bwd(
+    dout: Tensor,  # (B, H, Sq, Dv)
+    query: Tensor,  # (B, H, Sq, D)
+    key: Tensor,  # (B, H_kv, Sk, D)
+    value: Tensor,  # (B, H_kv, Sk, Dv)
+    out: Tensor,  # (B, H, Sq, Dv)
+    lse: Tensor,  # (B, H, Sq)
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of attention on the current stream of the tensors' CUDA device, with no synchronisation.
+
+    Args:
+        dout: gradient of out, any strides; copied first where TMA cannot address it.
+        query, key, value, options: as ``attention_fwd`` got them.
+        out, lse: as ``attention_fwd`` returned them.
+
+    Returns:
+        dq, dk, dv in the dtypes and memory layouts of query, key and value. The order in which dq's summands are added
+        varies from run to run. A row that saw no key contributes nothing.
+
+    Raises:
+        ValueError: a head dim or scale that no kernel takes.
+        KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
+    """
+    dq, dk, dv = empty_grads(query, key, value)
+    if query.numel() == 0 or key.numel() == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    device = query.get_device()
+    batch, heads, seqlen_q, head_dim = query.shape
+    is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
+    flags = (left is not None, options.softcap > 0.0)
+    wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, device)
+    plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
+    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale={options.scale} must be positive and finite")
+    scale_log2, cap_factor = scale * LOG2_E, None
+    if options.softcap:
+        scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
+    blocks = batch * heads * -(-seqlen_q // plan.tile_m)
+    scratch = torch.empty(blocks * plan.scratch_per_block, dtype=torch.float32, device=query.device)
+    inputs = (_addressable(x) for x in (dout, query, key, value, out))
+    arguments = (
+        *inputs,
+        lse.contiguous(),
+        dq,
+        dk,
+        dv,
+        scratch,
+        scale,
+        scale_log2,
+        plan.num_sms,
+        left,
+        right,
+        cap_factor,
+    )
+    if device == torch.cuda.current_device():
+        plan.run(*arguments)
+    else:
+        with torch.cuda.device(device):
+            plan.run(*arguments)
+    return dq, dk, dv
+
+
 def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:
     """The kernels that may run a call, and so have to be ready before it is routed; none on a CPU.
 
@@ -187,7 +261,12 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
             heads, seqlen_q = heads_kv, heads // heads_kv
         sizes = (seqlen_q, batch * heads, target.num_sms)
         tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
-    return tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal and not window, tile, flags) for tile in tiles)
+    is_causal = is_causal and not window
+    needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
+    if not spec.needs_grad:
+        return needed
+    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, window=window, softcap=flags[1])
+    return (*needed, backward)
 
 
 def _key(
@@ -250,9 +329,28 @@ def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Ten
     return pack(query), pack(out), lse.view(batch, heads_kv, group)
 
 
+def _make_backward_plan(
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool], device: int
+) -> _BackwardPlan:
+    target = Target.of(torch.device("cuda", device))
+    if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
+        raise ValueError(f"no backward kernel for {dtype} on {target.name} (arch {target.arch})")
+    window, softcap = flags
+    key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    config = sm90.backward_config(head_dim, head_dim_v, softcap)
+    plan = _BackwardPlan(kernel(key), target.num_sms, config.tile_m, config.scratch_per_block)
+
+    def keep() -> None:
+        _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan
+
+    return plan._replace(run=first_launch(key, plan.run, keep))
+
+
 def _addressable(x: Tensor) -> Tensor:
     """``x`` if TMA can address it (16-bit dtype, base and strides multiples of 16 bytes), or else a view or a copy."""
-    batch, head, row, _ = x.stride()
+    batch, head, row, element = x.stride()
+    if element != 1:  # dout's may be anything; of size 1 it means nothing, but head dims are larger
+        return x.clone(memory_format=torch.contiguous_format)
     if (batch | head | row) & 7 == 0 and x.data_ptr() & 15 == 0:
         return x
     if x.data_ptr() & 15 == 0:  # the stride of a dimension of size 1 means nothing

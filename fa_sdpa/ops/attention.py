@@ -193,17 +193,19 @@ _lib.impl("attention_fwd", _forward(cpu.attention_fwd), "CPU")
 _lib.impl("attention_fwd", _forward(launch.attention_fwd), "CUDA")
 
 
-@torch.library.impl(_lib, "attention_bwd", "CPU")
-def _bwd_cpu(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    options = _options(**kwargs)
-    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
-    return cpu.attention_bwd(dout, query, key, value, out, lse, options)
+def _backward(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A device's implementation of attention_bwd around what computes it."""
+
+    def impl(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
+        options = _options(**kwargs)
+        _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
+        return run(dout, query, key, value, out, lse, options)
+
+    return impl
 
 
-@torch.library.impl(_lib, "attention_bwd", "CUDA")
-def _bwd_cuda(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=_options(**kwargs))
-    raise AssertionError("unreachable: no CUDA family has a backward kernel, so the line above has raised")
+_lib.impl("attention_bwd", _backward(cpu.attention_bwd), "CPU")
+_lib.impl("attention_bwd", _backward(launch.attention_bwd), "CUDA")
 
 
 @torch.library.register_fake("fa4::attention_fwd", lib=_lib)

@@ -1,4 +1,4 @@
-"""Which key blocks a query tile visits, and which of them need a mask."""
+"""Which key blocks a query tile visits, which query blocks a key tile, and which of them need a mask."""
 
 from typing import NamedTuple
 
@@ -50,3 +50,37 @@ def first_key_blocks(
     first_row_start = cutlass.max(m_block * tile_m + window.left, 0)
     last_row_start = cutlass.max((m_block + 1) * tile_m - 1 + window.left, 0)
     return cutlass.min(first_row_start // tile_n, end - 1), cute.ceil_div(last_row_start, tile_n)
+
+
+@cute.jit
+def query_blocks(
+    n_block: Int32,
+    seqlen_q: Int32,
+    seqlen_k: Int32,
+    tile_m: cutlass.Constexpr[int],
+    tile_n: cutlass.Constexpr[int],
+    is_causal: cutlass.Constexpr[bool],  # top-left: row i sees the keys j ≤ i
+    window: Window | None,
+) -> tuple[Int32, Int32, Int32, Int32]:
+    """``(start, unmasked_start, unmasked_end, end)``, rising: the key tile visits the query blocks from start to end;
+    those between the middle two need no mask. Rows beyond seqlen_q need none at all. All four are equal for a tile that
+    no row sees."""
+    first_key, end_key = n_block * tile_n, (n_block + 1) * tile_n
+    blocks = cute.ceil_div(seqlen_q, tile_m)
+    start, end = Int32(0), blocks
+    unmasked_start, unmasked_end = Int32(0), blocks
+    if cutlass.const_expr(is_causal):
+        start = cutlass.min(first_key // tile_m, blocks)
+        unmasked_start = cute.ceil_div(end_key - 1, tile_m)
+    if cutlass.const_expr(window is not None):
+        start = cutlass.min(cutlass.max(first_key - window.right, 0) // tile_m, blocks)
+        unmasked_start = cute.ceil_div(cutlass.max(end_key - 1 - window.right, 0), tile_m)
+        last_key = cutlass.min(end_key, seqlen_k) - 1
+        end = cutlass.min(blocks, cute.ceil_div(cutlass.max(last_key - window.left + 1, 0), tile_m))
+        end = cutlass.max(end, start)
+        unmasked_end = cutlass.max(first_key - window.left + 1, 0) // tile_m
+    if end_key > seqlen_k:
+        unmasked_start = end
+    unmasked_start = cutlass.min(cutlass.max(unmasked_start, start), end)
+    unmasked_end = cutlass.min(cutlass.max(unmasked_end, unmasked_start), end)
+    return start, unmasked_start, unmasked_end, end

@@ -1,4 +1,6 @@
-"""Masks on accumulator fragments: a score outside its row's key range becomes -inf."""
+"""Masks on accumulator fragments: a score outside its row's range of columns becomes -inf, or another filling."""
+
+import math
 
 import cutlass
 import cutlass.cute as cute
@@ -12,6 +14,7 @@ from .fragments import rows_by_columns
 def mask_right(
     acc_S: cute.Tensor,
     limits: cute.Tensor,  # (rows of this thread,) Int32: columns ≥ limit are masked, counted from this block's first
+    fill: cutlass.Constexpr[float] = -math.inf,
 ) -> None:
     """Mask the columns of each row from its limit on."""
     scores = rows_by_columns(acc_S)
@@ -19,13 +22,14 @@ def mask_right(
     for r in cutlass.range_constexpr(cute.size(limits)):
         limit = limits[r] - first_column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-            scores[r, c] = scores[r, c] if c // 2 * 8 + c % 2 < limit else -Float32.inf
+            scores[r, c] = scores[r, c] if c // 2 * 8 + c % 2 < limit else Float32(fill)
 
 
 @cute.jit
 def mask_left(
     acc_S: cute.Tensor,
     limits: cute.Tensor,  # (rows of this thread,) Int32: columns < limit are masked, counted from this block's first
+    fill: cutlass.Constexpr[float] = -math.inf,
 ) -> None:
     """Mask the columns of each row before its limit."""
     scores = rows_by_columns(acc_S)
@@ -33,7 +37,7 @@ def mask_left(
     for r in cutlass.range_constexpr(cute.size(limits)):
         limit = limits[r] - first_column
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-            scores[r, c] = scores[r, c] if c // 2 * 8 + c % 2 >= limit else -Float32.inf
+            scores[r, c] = scores[r, c] if c // 2 * 8 + c % 2 >= limit else Float32(fill)
 
 
 @cute.jit

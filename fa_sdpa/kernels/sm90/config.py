@@ -97,6 +97,112 @@ class ForwardConfig:
         return 2 * (q + k_v + o) + BARRIER_BYTES
 
 
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """Tile of the backward kernel, which has two MMA warpgroups. Raises ValueError if it cannot be built.
+
+    With ``tile_n`` 128 each warpgroup has 64 keys, all columns of dK and dV for them, and P and dS stay in its
+    registers. With 64 both have all keys, each half of the columns and half of the queries of S and dP; that serves the
+    head dims at which dK and dV of 64 keys are too many registers for one warpgroup.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    tile_m: int  # query rows per block
+    tile_n: int  # keys of a CTA
+    stages: int  # Q and dO blocks in flight
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
+                raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
+        if self.tile_n not in (64, 128):
+            raise ValueError(f"{self.tile_n=} must be 64 or 128")
+        if self.tile_m not in (64, 128):
+            raise ValueError(f"{self.tile_m=} must be 64 or 128")
+        if self.stages != 2:
+            raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
+        if self.smem_bytes > SMEM_PER_BLOCK:
+            raise ValueError(f"{self.smem_bytes=} must be at most {SMEM_PER_BLOCK}")
+        if self.splits_keys and not self.stages_dq:
+            raise ValueError(f"{self.tile_n=} leaves no room for dQ")
+
+    @property
+    def mma_warpgroups(self) -> int:
+        return 2
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers per thread of an MMA warpgroup and of the producer after reallocation (64 K per SM)."""
+        return 240, 24
+
+    @property
+    def splits_keys(self) -> bool:
+        """Whether each MMA warpgroup has keys of its own."""
+        return self.tile_n == 64 * self.mma_warpgroups
+
+    @property
+    def head_dim_mma(self) -> int:
+        """Depth of Q Kᵀ, and columns of dK where the warpgroups do not share them."""
+        return _round_up(self.head_dim, 16)
+
+    @property
+    def head_dim_v_mma(self) -> int:
+        """Depth of dO Vᵀ, and columns of dV where the warpgroups do not share them."""
+        return _round_up(self.head_dim_v, 16)
+
+    @property
+    def head_dim_smem(self) -> int:
+        """Columns of Q and K in shared memory: whole 128-byte rows. TMA fills in zeros."""
+        return _round_up(self.head_dim, 64)
+
+    @property
+    def head_dim_v_smem(self) -> int:
+        """Columns of V and dO in shared memory, as ``head_dim_smem``."""
+        return _round_up(self.head_dim_v, 64)
+
+    @property
+    def dq_by_rows(self) -> bool:
+        """Whether each MMA warpgroup computes dQ of 64 rows, or half of the columns of all."""
+        return self.tile_m == 64 * self.mma_warpgroups
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of dQ that are multiplied."""
+        return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
+
+    @property
+    def scratch_per_block(self) -> int:
+        """fp32 elements of scratch memory for each block of tile_m query rows: lse and δ, and the sums of dQ."""
+        return 2 * self.tile_m + self.tile_m * self.dq_columns
+
+    @property
+    def stages_dq(self) -> bool:
+        """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
+        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+
+    @property
+    def stores_by_tma(self) -> bool:
+        """Whether dK and dV, one after the other, are stored from dQ's shared memory; if not, from registers."""
+        room = 4 * self.tile_m * self.dq_columns // self.mma_warpgroups
+        tile = 2 * 64 * max(self.head_dim_mma, self.head_dim_v_mma)
+        return self.splits_keys and self.stages_dq and tile <= room
+
+    @property
+    def smem_bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return self._smem_bytes(self.stages_dq)
+
+    def _smem_bytes(self, stages_dq: bool) -> int:
+        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
+        width = self.head_dim_smem + self.head_dim_v_smem
+        scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
+        dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
+        tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
+
+
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -131,11 +237,14 @@ def forward_tile(
 
     Small: where even twice as many CTAs all run at once, or no tile is more than half full. In a CUDA graph on an H100
     16 heads of 512 causal rows take 8.8 µs (normal: 11.5) at d128, 7.2 µs (9.2) without mask at d64, and 84 · 16 heads
-    of 64 rows 26 µs (33) at d80; with 1024 rows the normal tile is as fast or faster.
+    of 64 rows 26 µs (33) at d80. Also beyond d64 where causal tiles, which differ in cost, all run at once: 1024 rows
+    take 15.5 µs (16.8) at d128. Without mask, or at d64, the normal tile is faster there.
     Wide: from WIDE_FROM on, unless that leaves SMs idle in the last wave.
     """
     normal = -(-seqlen_q // 128) * sequences
     if seqlen_q <= 64 or 2 * normal <= num_sms:
+        return "small"
+    if is_causal and normal <= num_sms and max(head_dim, head_dim_v) > 64:
         return "small"
     wide_class = _wide_class(head_dim, head_dim_v)
     if wide_class is None or has_options or seqlen_q < WIDE_FROM[is_causal, wide_class]:
@@ -211,6 +320,49 @@ def forward_key(
     )
 
 
+@functools.cache
+def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> BackwardConfig:
+    """Tile for a pair of head dims; ValueError for head dims that no kernel has.
+
+    With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
+    tile_m / 2 each of S, dP and dQ. A softcap needs some more. Shared memory holds 128 keys beside two stages of 64
+    queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to 64) are within 192 KB.
+    """
+    columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
+    smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
+    if columns > (192 if softcap else 256) or smem > 192 << 10:
+        return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
+    wide = max(head_dim, head_dim_v) <= 64 and not softcap
+    return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
+
+
+@functools.cache
+def backward_key(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    *,
+    window: bool = False,
+    softcap: bool = False,
+) -> KernelKey:
+    """Key of the backward kernel for what decides its code."""
+    config = backward_config(head_dim, head_dim_v, softcap)
+    return KernelKey(
+        "backward",
+        ARCH,
+        DTYPE_NAMES[dtype],
+        head_dim,
+        head_dim_v,
+        is_causal,
+        config.tile_m,
+        config.tile_n,
+        config.stages,
+        window,
+        softcap,
+    )
+
+
 def all_keys() -> tuple[KernelKey, ...]:
     """The plain kernels of the most common head dims. Those of other head dims, and with a window, softcap or sink, are
     compiled when they are needed."""
@@ -239,8 +391,8 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
     if not math.isfinite(spec.softcap):
         reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
-    if spec.needs_grad:
-        reasons.append(Reason("no_backward", "gradients are needed and there is no backward kernel"))
+    if spec.needs_grad and spec.deterministic:
+        reasons.append(Reason("nondeterministic", "dq is added up in no fixed order, and deterministic mode is on"))
     if not spec.last_dim_contiguous:
         reasons.append(Reason("strides", "query, key and value must be contiguous in their last dimension"))
     smem = target.smem_per_block

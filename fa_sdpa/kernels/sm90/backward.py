@@ -1,0 +1,952 @@
+"""Attention backward for Hopper.
+
+For each query row i and each key j that it sees, with c = softmax_scale · log2(e) and s_ij = q_i · k_j:
+
+    p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
+    dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
+
+Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page,
+`finish` rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch
+memory). Each is launched while the one before it ends (griddepcontrol).
+
+A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
+the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
+needs no sums of dK and dV in memory, and the tiles of a causal head that run at the same time read the same blocks at
+the same time. dQ is added to fp32 sums in global memory, from shared memory by bulk reductions. (Straight from
+registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers are not free until then; that is what
+happens where shared memory has no room.)
+
+Roles (persistent CTAs, one per SM):
+    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each to its sums and
+                     store its dK and dV; warp 3 idles
+    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV
+
+Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
+    64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
+                     for dQ, of which each warpgroup has 64 rows, or half of the columns
+    shared keys      head dims whose dK and dV are too many registers: each warpgroup has all 64 keys, half of the
+                     queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
+
+Pipelines (full/empty mbarrier pairs; "producer → consumer"):
+    k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
+    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
+    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
+    ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
+
+Named barriers:
+    TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
+    SCORES         P and dS of the block are in shared memory, 256 threads (shared keys)
+    DQ_EMPTY + i   dQ's shared memory of MMA warpgroup i has been read: its warp arrives (32), i waits (128)
+    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: i arrives (128), its warp waits (32)
+
+Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
+    wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
+    serialises all WGMMAs
+    dP_i = V dO_iᵀ                                         ‖  P_i = 2^(…);  then dS_i = P_i ∘ (dP_i - δ_i)
+    in this warpgroup's turn, as long as registers last:
+    dV += P_i dO_i, dK += dS_i Q_i, dQ_{i-1} = dS_{i-1} K,  ‖  dS_i to shared memory; dQ_{i-1} to shared memory
+    S_{i+1} = K Q_{i+1}ᵀ
+dQ runs a block late, so that one warpgroup needs the other's dS half a block after it was made: they take turns, one's
+exponentials under the other's WGMMAs. A tile's first dQ and last S are products of whatever shared memory holds, which
+nothing reads: a branch around a WGMMA makes ptxas serialise them all. With shared keys dQ is not late, and there are no
+turns: each block needs all of P and dS at once.
+
+Masks: rows beyond seqlen_q have lse = +inf, so that p = 0. The blocks that need a mask, on the causal diagonal, at a
+window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own.
+
+Static options of a key, whose values are arguments (Scoring):
+    window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
+    softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
+A sink is part of lse and needs nothing here.
+
+Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other
+strides and base pointers multiples of 16 bytes (0 included); seqlen_q, seqlen_k ≥ 1; scale > 0. Tiles: sm90/config.py.
+"""
+
+import math
+from typing import NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64, pipeline
+from cutlass.cute.nvgpu import cpasync, warp, warpgroup
+from cutlass.utils import SmemAllocator
+
+from ..common import fragments, softmax
+from ..common.atomics import add_fragment, bulk_add
+from ..common.blocks import Window, query_blocks
+from ..common.mask import mask_left, mask_right
+from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
+from ..key import KernelKey
+from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
+from .config import BackwardConfig
+from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
+
+SCORES = 1  # named barriers; barrier 0 is the CTA's
+DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # first of two each, one per MMA warpgroup
+HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
+DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+
+
+class Pipelines(NamedTuple):
+    k: pipeline.PipelineTmaAsync
+    v: pipeline.PipelineTmaAsync
+    q: pipeline.PipelineTmaAsync
+    do: pipeline.PipelineTmaAsync
+    ds_full: cute.Pointer  # mbarriers, one per stage
+    ds_empty: cute.Pointer
+
+
+class Smem(NamedTuple):
+    """Tiles in shared memory, all swizzled but the statistics."""
+
+    k: cute.Tensor  # (tile_n, width, 1)
+    v: cute.Tensor  # (tile_n, width_v, 1)
+    q: cute.Tensor  # (tile_m, width, stages)
+    do: cute.Tensor  # (tile_m, width_v, stages)
+    ds: cute.Tensor  # (tile_m, tile_n, stages)
+    p: cute.Tensor | None  # (tile_m, tile_n, stages) where keys are shared
+    statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
+    dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
+
+
+class Layouts(NamedTuple):
+    k: cute.ComposedLayout
+    v: cute.ComposedLayout
+    q: cute.ComposedLayout
+    do: cute.ComposedLayout
+    scores: cute.ComposedLayout
+    dk: cute.ComposedLayout  # (64, columns, 1), in dQ's place
+    dv: cute.ComposedLayout
+
+
+class Gmem(NamedTuple):
+    """TMA coordinate tensors; dK and dV, where they are stored from registers, as pairs of values, (s_k, d / 2, …)."""
+
+    k: cute.Tensor  # (s_k, d, h_kv, b)
+    v: cute.Tensor  # (s_k, dv, h_kv, b)
+    q: cute.Tensor  # (s_q, d, h, b)
+    do: cute.Tensor  # (s_q, dv, h, b)
+    dk: cute.Tensor  # (s_k, d, h_kv, b)
+    dv: cute.Tensor  # (s_k, dv, h_kv, b)
+
+
+class Atoms(NamedTuple):
+    """TMA copies of one tile each, of dK and dV the 64 keys of a warpgroup."""
+
+    k: cute.CopyAtom
+    v: cute.CopyAtom
+    q: cute.CopyAtom
+    do: cute.CopyAtom
+    dk: cute.CopyAtom | None
+    dv: cute.CopyAtom | None
+
+
+class Mmas(NamedTuple):
+    sdp: cute.TiledMma  # (tile_n, tile_m): S and dP, transposed
+    dk: cute.TiledMma  # (tile_n, columns of dK)
+    dv: cute.TiledMma  # (tile_n, columns of dV)
+    dq: cute.TiledMma  # (tile_m, columns of dQ)
+
+
+class Scoring(NamedTuple):
+    """From Q Kᵀ to P and dS: what is None is not in this kernel."""
+
+    softmax_scale: Float32
+    scale_log2: Float32  # c
+    window: Window | None
+    cap_factor: Float32 | None  # 2 · log2(e) · softmax_scale / cap
+
+
+class Operands(NamedTuple):
+    """What one MMA warpgroup multiplies with and into; descriptors, but for registers where it says so."""
+
+    tSrK: cute.Tensor
+    tSrQ: cute.Tensor
+    tPrV: cute.Tensor
+    tPrdO: cute.Tensor
+    tVrP: cute.Tensor  # registers, or shared P
+    tVrdO: cute.Tensor
+    tKrdS: cute.Tensor  # registers, or shared dS
+    tKrQ: cute.Tensor
+    tQrdS: cute.Tensor
+    tQrK: cute.Tensor
+    rP: cute.Tensor  # registers of P in 16 bit, laid out as acc_S
+    rdS: cute.Tensor  # registers of dS in 16 bit, likewise
+    acc_S: cute.Tensor  # registers, fp32; so are the next two
+    acc_dK: cute.Tensor
+    acc_dV: cute.Tensor
+
+
+class Place(NamedTuple):
+    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+
+    tidx: Int32  # of the MMA threads
+    wg: Int32
+    row: Int32  # of the tile's keys
+    column: Int32  # of the block's queries: its warpgroup's first
+
+
+class Context(NamedTuple):
+    """What stays the same over all blocks of all tiles."""
+
+    mmas: Mmas
+    regs: Operands
+    smem: Smem
+    pipelines: Pipelines
+    scoring: Scoring
+    place: Place
+
+
+class Backward:
+    """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
+
+    def __init__(self, key: KernelKey):
+        config = BackwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+        self.dtype = DTYPES[key.dtype]
+        self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
+        self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
+        self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
+        self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
+        self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
+        self.stores_by_tma = config.stores_by_tma
+        self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
+        self.dk_columns = self.head_dim if self.splits_keys else self.width
+        self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
+        self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
+        self.mma_registers, self.producer_registers = config.registers
+
+    def _layouts(self) -> Layouts:
+        half = 1 if self.splits_keys else 2  # of the columns are multiplied together
+        dq = self.width if self.dq_by_rows else self.width // 2
+        unit, unit_v = self.width // half, self.width_v // half
+        return Layouts(
+            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
+            v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
+            q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
+            do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
+            scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
+            dk=smem_layout(self.dtype, 64, self.dk_columns, 1),
+            dv=smem_layout(self.dtype, 64, self.dv_columns, 1),
+        )
+
+    def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
+        """Multiplications into so many columns of dK, dV and dQ of both warpgroups."""
+        by_rows, by_columns = (2, 1), (1, 2)
+        if self.splits_keys:
+            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_rows, self.tile_m)
+            dk, dv = (
+                tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), by_rows, columns, a_in_registers=True)
+                for columns in (dk_columns, dv_columns)
+            )
+        else:
+            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_columns, self.tile_m // 2)
+            dk, dv = (
+                tiled_mma(self.dtype, (MN_MAJOR, MN_MAJOR), by_columns, columns // 2)
+                for columns in (dk_columns, dv_columns)
+            )
+        dq = tiled_mma(
+            self.dtype,
+            (K_MAJOR, MN_MAJOR),
+            by_rows if self.dq_by_rows else by_columns,
+            dq_columns if self.dq_by_rows else dq_columns // 2,
+        )
+        return Mmas(sdp, dk, dv, dq)
+
+    def _shared_storage(self, layouts: Layouts) -> type:
+        def buffer(layout: cute.ComposedLayout | None) -> type:
+            elements = 0 if layout is None else cute.cosize(layout)
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, elements], 1024]
+
+        @cute.struct
+        class SharedStorage:
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            ds_full: cute.struct.MemRange[cutlass.Int64, self.stages]
+            ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
+            statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
+            sK: buffer(layouts.k)  # type: ignore[valid-type]
+            sV: buffer(layouts.v)  # type: ignore[valid-type]
+            sQ: buffer(layouts.q)  # type: ignore[valid-type]
+            sdO: buffer(layouts.do)  # type: ignore[valid-type]
+            sdS: buffer(layouts.scores)  # type: ignore[valid-type]
+            sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
+            sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
+
+        return SharedStorage
+
+    @cute.jit
+    def __call__(
+        self,
+        mdO: cute.Tensor,  # (b, h, s_q, dv)
+        mQ: cute.Tensor,  # (b, h, s_q, d)
+        mK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mO: cute.Tensor,  # (b, h, s_q, dv)
+        mLSE: cute.Tensor,  # (b, h, s_q) fp32
+        mdQ: cute.Tensor,  # (b, h, s_q, d)
+        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mScratch: cute.Tensor,  # fp32, BackwardConfig.scratch_per_block for each block of query rows of a head
+        softmax_scale: Float32,
+        softmax_scale_log2: Float32,  # c of Scoring
+        num_sms: Int32,
+        window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
+        window_right: Int32 | None,
+        cap_factor: Float32 | None,  # see Scoring
+        stream,
+    ):
+        def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
+            return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
+
+        layouts = self._layouts()
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        copies = [
+            cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
+            if op is load or self.stores_by_tma
+            else (None, cute.recast_tensor(s_d_h_b(tensor), Int32))
+            for op, tensor, layout, rows, width in (
+                (load, mK, layouts.k, self.tile_n, self.width),
+                (load, mV, layouts.v, self.tile_n, self.width_v),
+                (load, mQ, layouts.q, self.tile_m, self.width),
+                (load, mdO, layouts.do, self.tile_m, self.width_v),
+                (store, mdK, layouts.dk, 64, self.dk_columns),
+                (store, mdV, layouts.dv, 64, self.dv_columns),
+            )
+        ]
+        mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
+        batch, heads, seqlen_q, _ = mQ.shape
+        blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
+        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
+        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
+
+        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
+        bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
+        paired = Int64(batch * heads) * seqlen_q * bytes_per_query > L2_BYTES
+        tiles = Tiles(cute.ceil_div(mK.shape[2], self.tile_n), mK.shape[1], batch, paired)
+        self.kernel(
+            Atoms(*(atom for atom, _ in copies)),
+            Gmem(*(tensor for _, tensor in copies)),
+            scratch,
+            Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
+            mmas,
+            layouts,
+            tiles,
+            heads // mK.shape[1],
+        ).launch(
+            grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
+            block=[WARPGROUP + THREADS, 1, 1],
+            stream=stream,
+            min_blocks_per_mp=1,
+            use_pdl=True,
+        )
+
+        unit = self.dq_columns if self.dq_by_rows else self.dq_columns // 2
+        sdQ_layout = smem_layout(self.dtype, self.tile_m, self.dq_columns, 1, unit)
+        store_atom, mdQ_tma = cpasync.make_tiled_tma_atom(
+            store, s_d_h_b(mdQ), cute.select(sdQ_layout, mode=[0, 1]), (self.tile_m, self.dq_columns)
+        )
+        finish(
+            scratch,
+            store_atom,
+            mdQ_tma,
+            sdQ_layout,
+            mmas.dq,
+            softmax_scale,
+            self.dtype,
+            self.tile_m,
+            self.dq_columns,
+        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
+
+    @cute.kernel
+    def kernel(
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        scratch: Scratch,
+        scoring: Scoring,
+        mmas: Mmas,
+        layouts: Layouts,
+        tiles: Tiles,
+        qhead_per_kvhead: Int32,
+    ):
+        warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp_idx == 0:
+            for atom in atoms[: 6 if self.stores_by_tma else 4]:
+                cpasync.prefetch_descriptor(atom)
+        storage = SmemAllocator().allocate(self._shared_storage(layouts))
+        statistics = cute.make_layout((2 * self.tile_m, self.stages))
+        staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
+        smem = Smem(
+            *(
+                buffer.get_tensor(layout.outer, swizzle=layout.inner)
+                for buffer, layout in (
+                    (storage.sK, layouts.k),
+                    (storage.sV, layouts.v),
+                    (storage.sQ, layouts.q),
+                    (storage.sdO, layouts.do),
+                    (storage.sdS, layouts.scores),
+                )
+            ),
+            None if self.splits_keys else storage.sP.get_tensor(layouts.scores.outer, swizzle=layouts.scores.inner),
+            storage.statistics.get_tensor(statistics),
+            storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
+        )
+        width = self.dtype.width // 8
+        pipelines = Pipelines(
+            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
+            self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
+            self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
+            self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
+            storage.ds_full.data_ptr(),
+            storage.ds_empty.data_ptr(),
+        )
+        if warp_idx == 0:
+            with cute.arch.elect_one():
+                for i in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(storage.ds_full.data_ptr() + i, THREADS // 32)
+                    cute.arch.mbarrier_init(storage.ds_empty.data_ptr() + i, THREADS // 32)
+        cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
+        cute.arch.griddepcontrol_launch_dependents()
+
+        if warp_idx < 4:
+            cute.arch.setmaxregister_decrease(self.producer_registers)
+            if warp_idx == 0:
+                self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+            if cutlass.const_expr(self.stages_dq):
+                if warp_idx == 1 or warp_idx == 2:
+                    self.add_dq(
+                        atoms, gmem, scratch, smem.dq, layouts, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1
+                    )
+        else:
+            cute.arch.setmaxregister_increase(self.mma_registers)
+            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+
+    def _pipeline(self, barriers, stages: int, num_bytes: int) -> pipeline.PipelineTmaAsync:
+        """Pipeline from the producer to all MMA warps, of so many bytes a stage, filled-up zeros included."""
+        return pipeline.PipelineTmaAsync.create(
+            barrier_storage=barriers.data_ptr(),
+            num_stages=stages,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, THREADS // 32),
+            tx_count=num_bytes,
+            defer_sync=True,
+        )
+
+    @cute.jit
+    def _find_tile(self, step: Int32, tiles: Tiles):
+        """``find_tile`` for tiles of keys; where early keys are seen by more rows, they count from the end."""
+        later_cost_more = self.is_causal or self.has_window
+        step, is_valid, n_block, head_kv, batch = find_tile(step, tiles, later_cost_more)
+        if cutlass.const_expr(later_cost_more):
+            n_block = tiles.num_m_blocks - 1 - n_block
+        return step, is_valid, n_block, head_kv, batch
+
+    @cute.jit
+    def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
+        return query_blocks(n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window)
+
+    @cute.jit
+    def load(
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        tiles: Tiles,
+        window: Window | None,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Producer warp, for each tile: K, V, then Q and dO of all blocks of all query heads of the group."""
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
+        heads = gmem.q.shape[2]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, window)
+            self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
+            self._load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
+            kv_state.advance()
+            for i in cutlass.range(end - start, unroll=1):
+                m_block = end - 1 - i
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    head = head_kv * qhead_per_kvhead + g
+                    self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+                    with cute.arch.elect_one():
+                        cute.copy(
+                            cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
+                            scratch.statistics[None, Int64((batch * heads + head) * blocks + m_block)],
+                            smem.statistics[None, q_state.index],
+                            mbar_ptr=pipelines.q.producer_get_barrier(q_state),
+                        )
+                    self._load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
+                    q_state.advance()
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _load_tile(
+        self,
+        atom: cute.CopyAtom,
+        mX: cute.Tensor,  # (s, d) of one head
+        sX: cute.Tensor,  # (rows, d, stages)
+        index: Int32,
+        pipe: pipeline.PipelineTmaAsync,
+        state: pipeline.PipelineState,
+    ) -> None:
+        """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
+        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
+        tXsX, tXgX = cpasync.tma_partition(
+            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+        )
+        pipe.producer_acquire(state)
+        cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+
+    @cute.jit
+    def add_dq(
+        self,
+        atoms: Atoms,
+        gmem: Gmem,
+        scratch: Scratch,
+        sdQ: cute.Tensor,
+        layouts: Layouts,
+        tiles: Tiles,
+        window: Window | None,
+        qhead_per_kvhead: Int32,
+        wg: Int32,
+    ) -> None:
+        """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
+        dV and dK of every tile from there."""
+        heads = gmem.q.shape[2]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        source = sdQ[None, 0, 0, wg].iterator
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, window)
+            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
+            for i in cutlass.range(end - start, unroll=1):
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    self._exchange_dq(wg)
+                    block = Int64(first_block + g * blocks + end - 1 - i)
+                    with cute.arch.elect_one():
+                        target = scratch.sums[None, 0, 0, wg, block].iterator
+                        bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
+                    cute.arch.cp_async_bulk_commit_group()
+            if cutlass.const_expr(self.stores_by_tma):
+                row_block = n_block * 2 + wg
+                for atom, mX, layout in (
+                    (atoms.dv, gmem.dv[None, None, head_kv, batch], layouts.dv),
+                    (atoms.dk, gmem.dk[None, None, head_kv, batch], layouts.dk),
+                ):
+                    self._exchange_dq(wg)
+                    sX = self._in_dq(sdQ, layout, wg)
+                    gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
+                    tXsX, tXgX = cpasync.tma_partition(
+                        atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+                    )
+                    cute.copy(atom, tXsX, tXgX)
+                    cute.arch.cp_async_bulk_commit_group()
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _exchange_dq(self, wg: Int32) -> None:
+        """Tell an MMA warpgroup that its part of dQ's shared memory has been read, and wait until it is full again."""
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+
+    def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32) -> cute.Tensor:
+        """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory."""
+        start = (sdQ.iterator + wg * (WARPGROUP * self.dq_values)).align(1024)
+        pointer = cute.recast_ptr(start, layout.inner, dtype=self.dtype)
+        return cute.make_tensor(pointer, layout.outer)[None, None, 0]
+
+    def _operands(self, mmas: Mmas, smem: Smem, wg: Int32) -> Operands:
+        # Partitioned as if all columns that shared memory holds were multiplied; the WGMMAs may be narrower.
+        wide = self._mmas(self.width, self.width_v, self.width)
+        sdp, dk, dv, dq = (mma.get_slice(wg * WARPGROUP) for mma in wide)
+
+        def scores(dtype: type[cutlass.Numeric]) -> cute.Tensor:
+            return cute.make_rmem_tensor(mmas.sdp.partition_shape_C((self.tile_n, self.tile_m)), dtype)
+
+        def accumulator(mma: cute.TiledMma, columns: int) -> cute.Tensor:
+            return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_n, columns)), Float32)
+
+        acc_S, rP, rdS = scores(Float32), scores(self.dtype), scores(self.dtype)
+        if self.splits_keys:
+            tVrP, tKrdS = fragments.as_operand_a(rP), fragments.as_operand_a(rdS)
+        else:
+            tVrP = dv.make_fragment_A(dv.partition_A(transposed(smem.p)))
+            tKrdS = dk.make_fragment_A(dk.partition_A(transposed(smem.ds)))
+        return Operands(
+            tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
+            tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
+            tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
+            tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
+            tVrP=tVrP,
+            tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
+            tKrdS=tKrdS,
+            tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
+            tQrdS=dq.make_fragment_A(dq.partition_A(smem.ds)),
+            tQrK=dq.make_fragment_B(dq.partition_B(transposed(smem.k))),
+            rP=rP,
+            rdS=rdS,
+            acc_S=acc_S,
+            acc_dK=accumulator(mmas.dk, self.dk_columns),
+            acc_dV=accumulator(mmas.dv, self.dv_columns),
+        )
+
+    @cute.jit
+    def mma(
+        self,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        tiles: Tiles,
+        mmas: Mmas,
+        layouts: Layouts,
+        scoring: Scoring,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """MMA warpgroup: all tiles of this CTA, its part of each."""
+        tidx, _, _ = cute.arch.thread_idx()
+        tidx = tidx - WARPGROUP
+        wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
+        lane_row = tidx % WARPGROUP // 32 * 16 + tidx % 32 // 4
+        if cutlass.const_expr(self.splits_keys):
+            place = Place(tidx, wg, wg * 64 + lane_row, Int32(0))
+        else:
+            place = Place(tidx, wg, lane_row, wg * (self.tile_m // 2))
+        regs = self._operands(mmas, smem, wg)
+        context = Context(mmas, regs, smem, pipelines, scoring, place)
+        if cutlass.const_expr(self.splits_keys):
+            if wg == 0:
+                cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
+            if cutlass.const_expr(not self.has_window):
+                unmasked_end = end
+            first_key = n_block * self.tile_n + place.row
+            total = (end - start) * qhead_per_kvhead
+            left = total
+            pipelines.k.consumer_wait(kv_state)
+            if left > 0:
+                pipelines.q.consumer_wait(q_state)
+            self._issue_s(mmas, regs, q_state)
+            pipelines.v.consumer_wait(kv_state)
+            regs.acc_dK.fill(0.0)
+            regs.acc_dV.fill(0.0)
+            sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
+            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
+            if cutlass.const_expr(self.has_window):
+                for i in cutlass.range(end - unmasked_end, unroll=1):
+                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
+                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                        left -= 1
+                        block = first_block + g * blocks + end - 1 - i
+                        self._block(
+                            context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator
+                        )
+                        q_state.advance()
+            for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    left -= 1
+                    block = first_block + g * blocks + unmasked_end - 1 - i
+                    self._block(context, q_state, left == total - 1, left, None, sums[None, Int64(block)].iterator)
+                    q_state.advance()
+            for i in cutlass.range(unmasked_start - start, unroll=1):
+                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    left -= 1
+                    block = first_block + g * blocks + unmasked_start - 1 - i
+                    self._block(context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator)
+                    q_state.advance()
+            if cutlass.const_expr(self.splits_keys):
+                if total > 0:
+                    cute.arch.mbarrier_wait(
+                        pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
+                    )
+                acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+                warpgroup.wait_group(0)
+                if total > 0:
+                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, sums[None, Int64(0)].iterator)
+            warpgroup.wait_group(0)
+            pipelines.k.consumer_release(kv_state)
+            pipelines.v.consumer_release(kv_state)
+            kv_state.advance()
+            if cutlass.const_expr(self.stores_by_tma):
+                self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
+                self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+            else:
+                self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
+                self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
+        tSrQ = regs.tSrQ[None, None, None, q_state.index]
+        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16, zero_init=True)
+
+    @cute.jit
+    def _block(
+        self,
+        context: Context,
+        state: pipeline.PipelineState,  # of this block's Q and dO
+        is_first: Boolean,  # of its tile
+        left: Int32,  # how many blocks of this tile come after this one
+        limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
+        target: cute.Pointer,  # this thread's first sum of dQ
+    ) -> None:
+        """All of one block of queries, whose S is being multiplied already, and the next one's S."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        stage = state.index
+        acc_dP = cute.make_rmem_tensor(regs.acc_S.layout, Float32)
+        pipelines.do.consumer_wait(state)
+        tPrdO = regs.tPrdO[None, None, None, stage]
+        warpgroup.wait_group(0)
+        issue(mmas.sdp, acc_dP, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16, zero_init=True)
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
+        if cutlass.const_expr(limits is not None):
+            fill = -math.inf if scoring.cap_factor is None else HIDDEN
+            mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(self.has_window):
+                mask_right(regs.acc_S, limits[1], fill)
+        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        warpgroup.wait_group(0)
+        self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
+        tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
+        tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
+        if cutlass.const_expr(self.splits_keys):
+            cute.arch.barrier(barrier_id=TURN + place.wg, number_of_threads=THREADS)
+            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
+            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+            cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
+            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+            self._arrive(pipelines.ds_full + stage)
+            dq_stage = 1 - stage
+            if not is_first:
+                cute.arch.mbarrier_wait(pipelines.ds_full + dq_stage, state.phase ^ dq_stage)
+        else:
+            dq_stage = stage
+            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place)
+            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+            cute.arch.barrier(barrier_id=SCORES, number_of_threads=THREADS)
+            tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
+            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
+            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+        warpgroup.wait_group(1)  # dV: frees the registers of P
+        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
+        warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
+        cute.arch.sync_warp()  # all lanes have read its statistics
+        pipelines.q.consumer_release(state)
+        pipelines.do.consumer_release(state)
+        following = state.clone()
+        following.advance()
+        if left > 0:
+            pipelines.q.consumer_wait(following)
+        self._issue_s(mmas, regs, following)
+        if cutlass.const_expr(self.splits_keys):
+            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
+        warpgroup.wait_group(1)
+        if not self.splits_keys or not is_first:
+            self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
+
+    @cute.jit
+    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
+        acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
+        issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
+        return acc_dQ
+
+    @cute.jit
+    def _give_dq(
+        self,
+        acc_dQ: cute.Tensor,
+        smem: Smem,
+        pipelines: Pipelines,
+        place: Place,
+        stage: Int32,
+        target: cute.Pointer,
+    ) -> None:
+        """dQ to the warp that adds it, or to memory right here."""
+        if cutlass.const_expr(self.splits_keys):
+            self._arrive(pipelines.ds_empty + stage)
+        if cutlass.const_expr(self.stages_dq):
+            cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
+            store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+            for i in cutlass.range_constexpr(self.dq_values // 4):
+                values = cute.make_tensor(acc_dQ.iterator + 4 * i, cute.make_layout(4))
+                cute.copy(store, values, smem.dq[None, place.tidx % WARPGROUP, i, place.wg])
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
+        else:
+            add_fragment(target, acc_dQ, WARPGROUP)
+
+    @cute.jit
+    def _arrive(self, mbarrier: cute.Pointer) -> None:
+        """One arrival for this warp, after all of its lanes."""
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(mbarrier)
+
+    def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
+        """(2, n) fp32: lse, or δ from row ``first`` = tile_m on, of this thread's n pairs of queries."""
+        queries = self.tile_m if self.splits_keys else self.tile_m // 2
+        offset = first + place.column + place.tidx % 4 * 2
+        pointer = (smem.statistics[None, stage].iterator + offset).align(8)
+        return cute.make_tensor(pointer, cute.make_layout((2, queries // 8), stride=(1, 8)))
+
+    @cute.jit
+    def _weights(self, regs: Operands, lse: cute.Tensor, scoring: Scoring) -> None:
+        """P in the place of S; with a softcap times its derivative there, and P itself in 16 bit in rP."""
+        scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
+        for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            caps = cute.make_rmem_tensor(8, Float32)
+            for half in cutlass.range_constexpr(2):
+                pair = lse[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4):
+                    score = scores[4 * half + i, k]
+                    exponent = score * scoring.scale_log2 - pair[i % 2]
+                    scores[4 * half + i, k] = cute.math.exp2(exponent, fastmath=True)
+                    caps[4 * half + i] = 1.0 - score * score
+            if cutlass.const_expr(self.has_softcap):
+                rounded[None, k].store(scores[None, k].load().to(self.dtype))
+                scores[None, k].store(scores[None, k].load() * caps.load())
+
+    @cute.jit
+    def _score_gradients(self, regs: Operands, acc_dP: cute.Tensor, delta: cute.Tensor) -> None:
+        """dS = P ∘ (dP - δ), in 16 bit in rdS; P in 16 bit in rP, where a softcap has not left it already."""
+        weights, gradients, rounded = self._slices(regs.acc_S), self._slices(acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(weights, mode=[1])):
+            if cutlass.const_expr(not self.has_softcap):
+                self._slices(regs.rP)[None, k].store(weights[None, k].load().to(self.dtype))
+            for half in cutlass.range_constexpr(2):
+                pair = delta[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
+                    gradients[i, k] = weights[i, k] * (gradients[i, k] - pair[i % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+
+    def _slices(self, fragment: cute.Tensor) -> cute.Tensor:
+        """Registers of a fragment as (8, n): the values of a slice of 16 queries, as (query pair, 2 keys, 2)."""
+        return cute.make_tensor(fragment.iterator, cute.make_layout((8, cute.size(fragment) // 8)))
+
+    @cute.jit
+    def _store_scores(
+        self,
+        mmas: Mmas,
+        rounded: cute.Tensor,  # registers, laid out as acc_S
+        sX: cute.Tensor,  # (tile_m, tile_n) of one stage
+        place: Place,
+    ) -> None:
+        """Write this warpgroup's part of P or dS to shared memory, for WGMMA."""
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(place.tidx)
+        flipped = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(flipped))
+        cute.arch.fence_view_async_shared()
+
+    @cute.jit
+    def _limits(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: Window | None):
+        """``(starts, ends)`` of the queries that see each of this thread's two keys, counted from the first query that
+        this warpgroup has of the block; ends is None without a window."""
+        first_query = m_block * self.tile_m + place.column
+        starts = cute.make_rmem_tensor(2, Int32)
+        ends = cute.make_rmem_tensor(2, Int32) if cutlass.const_expr(self.has_window) else None
+        for r in cutlass.range_constexpr(2):
+            key = first_key + 8 * r
+            start = Int32(0)
+            if cutlass.const_expr(self.is_causal):
+                start = key - first_query
+            if cutlass.const_expr(self.has_window):
+                start = key - window.right - first_query
+                ends[r] = key - window.left - first_query + 1
+            starts[r] = start if key < seqlen_k else Int32(self.tile_m)
+        return starts, ends
+
+    @cute.jit
+    def _round(self, acc: cute.Tensor, scale: Float32) -> cute.Tensor:
+        """scale · acc in 16 bit; a slice at a time, or an odd number of values would be converted one by one."""
+        rounded = cute.make_rmem_tensor(acc.layout, self.dtype)
+        values, results = self._slices(acc), self._slices(rounded)
+        for k in cutlass.range_constexpr(cute.size(values, mode=[1])):
+            results[None, k].store((values[None, k].load() * scale).to(self.dtype))
+        return rounded
+
+    @cute.jit
+    def _hand_over(self, acc: cute.Tensor, sX: cute.Tensor, place: Place, scale: Float32) -> None:
+        """Round scale · acc, all columns of this warpgroup's 64 keys, and give it to the warp that stores it."""
+        rounded = self._round(acc, scale)
+        alone = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (1, 1), cute.size(sX, mode=[1]), a_in_registers=True)
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+        copy = cute.make_tiled_copy_C(atom, alone).get_slice(place.tidx % WARPGROUP)
+        cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(sX))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
+    def _store(
+        self,
+        acc: cute.Tensor,
+        mX: cute.Tensor,  # (s_k, d / 2) of one head, pairs of values as Int32
+        first_key: Int32,
+        place: Place,
+        scale: Float32,
+    ) -> None:
+        """Round scale · acc and write this thread's two rows; a quad writes 16 neighbouring bytes at a time."""
+        pairs = cute.recast_tensor(self._round(acc, scale), Int32)
+        groups = cute.size(pairs) // 2  # of eight columns
+        first_group = Int32(0) if cutlass.const_expr(self.splits_keys) else place.wg * groups
+        lane = place.tidx % 4
+        for r in cutlass.range_constexpr(2):
+            row = first_key + 8 * r
+            if row < mX.shape[0]:
+                for v in cutlass.range_constexpr(groups):
+                    if (first_group + v) * 4 < mX.shape[1]:
+                        mX[row, (first_group + v) * 4 + lane] = pairs[2 * v + r]
+
+
+def example_arguments(key: KernelKey) -> tuple:
+    """Tensors without data, for ``cute.compile``: everything symbolic but the head dims and the unit stride."""
+    dtype = DTYPES[key.dtype]
+    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    seqlen_q, seqlen_k = cute.sym_int(), cute.sym_int()
+
+    def tensor(num_heads: cute.SymInt, seqlen: cute.SymInt, head_dim: int) -> cute.Tensor:
+        strides = tuple(cute.sym_int64(divisibility=8) for _ in range(3))
+        shape = (batch, num_heads, seqlen, head_dim)
+        return cute.runtime.make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=16)
+
+    of_query = (heads, seqlen_q, key.head_dim)
+    of_output = (heads, seqlen_q, key.head_dim_v)
+    of_key, of_value = (heads_kv, seqlen_k, key.head_dim), (heads_kv, seqlen_k, key.head_dim_v)
+    shapes = (of_output, of_query, of_key, of_value, of_output)
+    lse = cute.runtime.make_fake_tensor(
+        Float32, (batch, heads, seqlen_q), (cute.sym_int64(), cute.sym_int64(), 1), assumed_align=4
+    )
+    return (
+        *(tensor(*shape) for shape in shapes),
+        lse,
+        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
+        cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
+        Float32(1.0),
+        Float32(1.0),
+        Int32(1),
+        Int32(0) if key.window else None,
+        Int32(0) if key.window else None,
+        Float32(1.0) if key.softcap else None,
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )

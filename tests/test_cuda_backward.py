@@ -1,0 +1,184 @@
+"""Gradients on a GPU that has kernels: op, autograd, router, torch.compile, CUDA graphs. Skipped elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_cuda import inputs, lacking
+from torch.library import opcheck
+
+import fa_sdpa
+import fa_sdpa.ops
+from fa_sdpa import reference
+
+pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
+
+fwd, bwd = torch.ops.fa4.attention_fwd, torch.ops.fa4.attention_bwd
+
+
+def math_grads(tensors, dout, sink=None, **options):
+    """Autograd through attention written out, in the dtype of ``tensors``; the sink's gradient last."""
+    leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
+    if sink is not None:
+        leaves.append(sink.detach().clone().requires_grad_())
+    out, _ = reference.attention(*leaves[:3], sink=leaves[3] if sink is not None else None, **options)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def assert_grads_within_bound(grads, q, k, v, dout, **options):
+    expected = math_grads([x.double() for x in (q, k, v)], dout.double(), **options)
+    baseline = math_grads((q, k, v), dout, **options)
+    for name, got, want, base in zip(("dq", "dk", "dv"), grads, expected, baseline, strict=True):
+        excess = reference.excess(got, want, base, floor=1e-4)
+        assert excess <= 0, f"{name} is over the bound by {excess:.3g}; {reference.worst(got, want)}"
+
+
+def check(q, k, v, dout=None, **options):
+    out, lse = fwd(q, k, v, **options)
+    dout = torch.randn_like(out) if dout is None else dout
+    grads = bwd(dout, q, k, v, out, lse, **options)
+    for grad, x in zip(grads, (q, k, v), strict=True):
+        assert grad.stride() == torch.empty_like(x).stride()
+    assert_grads_within_bound(grads, q, k, v, dout, **options)
+    return grads
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("sq", "sk"), [(1, 1), (7, 129), (129, 7), (300, 513), (513, 300)])
+def test_gradients_keep_the_error_bound(sq, sk, dtype, is_causal):
+    for heads, heads_kv, d in ((7, 1, 64), (4, 4, 128)):
+        check(*inputs(heads=heads, heads_kv=heads_kv, sq=sq, sk=sk, d=d, dtype=dtype), is_causal=is_causal)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("d", "dv"),
+    [(8, 8), (40, 40), (72, 72), (96, 96), (192, 192), (256, 256), (64, 128), (192, 128), (192, 64), (256, 8)],
+)
+def test_head_dims(d, dv, is_causal):
+    for dtype in (torch.bfloat16, torch.float16):
+        check(*inputs(sq=300, sk=411, d=d, dv=dv, dtype=dtype), is_causal=is_causal)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True, "bottom_right": True},
+        {"window_left": 60, "window_right": 10},
+        {"window_left": 0, "bottom_right": True, "is_causal": True},
+        {"window_right": 200},
+        {"softcap": 20.0, "is_causal": True},
+        {"softcap": 5.0, "window_left": 130, "window_right": 0, "bottom_right": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("sq", "sk"), [(300, 513), (513, 300)])
+def test_options(sq, sk, options):
+    for d in (64, 128, 256):
+        check(*inputs(sq=sq, sk=sk, d=d), **options)
+
+
+def test_sink():
+    q, k, v = inputs(sq=300, sk=411, d=64, requires_grad=True)
+    sink = torch.randn(4, device="cuda", requires_grad=True)
+    out, _ = fwd(q, k, v, sink=sink, is_causal=True)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v, sink), dout)
+    expected = math_grads([x.double() for x in (q, k, v)], dout.double(), sink=sink.double(), is_causal=True)
+    baseline = math_grads((q, k, v), dout, sink=sink, is_causal=True)
+    for got, want, base in zip(grads, expected, baseline, strict=True):
+        assert reference.excess(got, want, base, floor=1e-4) <= 0, reference.worst(got, want)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "unaligned", "sliced"])
+def test_dout_of_any_strides(layout):
+    q, k, v = inputs(d=128)
+    shape = (2, 4, 257, 128)
+    dout = {
+        "expanded": lambda: torch.ones((), device="cuda", dtype=q.dtype).expand(shape),
+        "transposed": lambda: torch.randn(2, 4, 128, 257, device="cuda", dtype=q.dtype).mT,
+        "unaligned": lambda: torch.randn(2, 4, 257, 129, device="cuda", dtype=q.dtype)[..., 1:],
+        "sliced": lambda: torch.randn(2, 4, 514, 256, device="cuda", dtype=q.dtype)[:, :, ::2, :128],
+    }[layout]()
+    check(q, k, v, dout, is_causal=True)
+
+
+def test_layouts_of_the_inputs():
+    packed = torch.randn(2, 257, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+    check(*(packed[:, :, i].transpose(1, 2) for i in range(3)), is_causal=True)
+    q, k, v = inputs(heads_kv=1)
+    check(q, k.expand(2, 4, 257, 64), v.expand(2, 4, 257, 64))
+
+
+def test_rows_without_keys_and_empty_calls():
+    q, k, v = inputs(sq=300, sk=64, d=64)
+    options = {"is_causal": True, "bottom_right": True}  # row i sees the keys up to i - 236
+    dq, dk, dv = check(q, k, v, **options)
+    assert not dq[:, :, :236].any()
+    for batch, sq, sk in ((1, 3, 0), (0, 3, 3), (1, 0, 3)):
+        q, k, v = inputs(batch=batch, sq=sq, sk=sk)
+        out, lse = fwd(q, k, v)
+        for grad, x in zip(bwd(torch.ones_like(out), q, k, v, out, lse), (q, k, v), strict=True):
+            assert grad.shape == x.shape and not grad.any()
+
+
+def test_more_than_65535_sequences_and_2_to_the_31_elements():
+    q, k, v = (torch.randn(70_000, 4, 64, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    out, lse = fwd(q, k, v)
+    grads = bwd(out, q, k, v, out, lse)
+    for part in (slice(0, 3), slice(69_997, 70_000)):
+        assert_grads_within_bound([grad[part] for grad in grads], q[part], k[part], v[part], out[part])
+
+
+def test_opcheck():
+    q, k, v = inputs(sq=65, sk=65)
+    out, lse = fwd(q, k, v, is_causal=True)
+    opcheck(bwd.default, (torch.randn_like(out), q, k, v, out, lse), {"is_causal": True})
+    opcheck(fwd.default, inputs(sq=65, sk=65, requires_grad=True), {"is_causal": True})
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_routed_training_step(compiled):
+    def block(q, k, v):
+        return F.scaled_dot_product_attention(q * 2, k, v, is_causal=True, enable_gqa=True) * 3
+
+    q, k, v = inputs(sq=512, sk=512, d=128, requires_grad=True)
+    dout = torch.randn_like(q)
+    native = torch.autograd.grad(block(q, k, v), (q, k, v), dout)
+    fa_sdpa.reset_stats()
+    with fa_sdpa.enable("always"):
+        run = torch.compile(block, fullgraph=True) if compiled else block
+        grads = torch.autograd.grad(run(q, k, v), (q, k, v), dout)
+    assert fa_sdpa.stats().routed > 0
+    for got, want in zip(grads, native, strict=True):
+        torch.testing.assert_close(got, want, atol=5e-2, rtol=5e-2)
+
+
+def test_deterministic_training_is_left_to_torch_with_the_reason():
+    q, k, v = inputs(requires_grad=True)
+    fa_sdpa.reset_stats()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with fa_sdpa.enable("always"):
+            F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert q.grad is not None and fa_sdpa.stats().routed == 0
+    assert fa_sdpa.stats().reasons["nondeterministic"] == 1
+
+
+def test_cuda_graph_capture():
+    q, k, v = inputs(sq=300, sk=300)
+    out, lse = fwd(q, k, v)
+    dout = torch.randn_like(out)
+    bwd(dout, q, k, v, out, lse)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = bwd(dout, q, k, v, out, lse)
+    dout.copy_(torch.randn_like(dout))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_grads_within_bound(grads, q, k, v, dout)
