@@ -48,10 +48,9 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import cutlass.utils.hopper_helpers as sm90_helpers
 from cutlass import Boolean, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import cpasync, warp, warpgroup
-from cutlass.utils import LayoutEnum, SmemAllocator
+from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
 from ..common.blocks import Window, first_key_blocks, key_blocks
@@ -59,6 +58,7 @@ from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
 from .config import ForwardConfig
+from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 WARPGROUP = 128  # threads
 TURN, STORE = 1, 5  # first named barrier of each kind, one per MMA warpgroup; barrier 0 is the CTA's
@@ -138,31 +138,13 @@ class Forward:
         self.mma_warpgroups = config.mma_warpgroups
         self.mma_registers, self.producer_registers = config.registers
 
-    def _smem_layout(self, rows: int, width: int, stages: int) -> cute.ComposedLayout:
-        """(rows, width, stages), swizzled for TMA and WGMMA."""
-        kind = sm90_helpers.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, self.dtype, width)
-        atom = warpgroup.make_smem_layout_atom(kind, self.dtype)
-        return cute.tile_to_shape(atom, (rows, width, stages), order=(0, 1, 2))
-
     def _mma_qk(self) -> cute.TiledMma:
         """Q Kᵀ from shared memory, 64 rows per warpgroup."""
-        k_major = cute.nvgpu.OperandMajorMode.K
-        return sm90_helpers.make_trivial_tiled_mma(
-            self.dtype, self.dtype, k_major, k_major, Float32, (self.mma_warpgroups, 1, 1), (64, self.tile_n)
-        )
+        return tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), (self.mma_warpgroups, 1), self.tile_n)
 
     def _mma_pv(self, warpgroups: int, width: int) -> cute.TiledMma:
         """P V with P in registers, 64 rows per warpgroup and ``width`` columns of V."""
-        return sm90_helpers.make_trivial_tiled_mma(
-            self.dtype,
-            self.dtype,
-            cute.nvgpu.OperandMajorMode.K,
-            cute.nvgpu.OperandMajorMode.MN,
-            Float32,
-            (warpgroups, 1, 1),
-            (64, width),
-            warpgroup.OperandSource.RMEM,
-        )
+        return tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (warpgroups, 1), width, a_in_registers=True)
 
     def _shared_storage(self, *layouts: cute.ComposedLayout | None) -> type:
         """Barriers and the buffers of sQ, sK, sV, sO, given in this order; None is an empty one."""
@@ -203,10 +185,10 @@ class Forward:
             return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
 
         layouts = [
-            self._smem_layout(self.tile_m, self.width, self.q_stages),
-            self._smem_layout(self.tile_n, self.width, self.stages),
-            self._smem_layout(self.tile_n, self.width_v, self.stages),
-            self._smem_layout(64, self.head_dim_v, self.mma_warpgroups) if self.stores_by_tma else None,
+            smem_layout(self.dtype, self.tile_m, self.width, self.q_stages),
+            smem_layout(self.dtype, self.tile_n, self.width, self.stages),
+            smem_layout(self.dtype, self.tile_n, self.width_v, self.stages),
+            smem_layout(self.dtype, 64, self.head_dim_v, self.mma_warpgroups) if self.stores_by_tma else None,
         ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         copies = [
@@ -360,8 +342,6 @@ class Forward:
         cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     def _operands(self, mma_qk: cute.TiledMma, mma_pv: cute.TiledMma, smem: Smem, warpgroup_idx: Int32) -> Operands:
-        sV = smem.v
-        transposed = cute.make_ordered_layout((self.width_v, self.tile_n, self.stages), order=(1, 0, 2))
         wg_qk = mma_qk.get_slice(warpgroup_idx * WARPGROUP)
         wg_pv = self._mma_pv(self.mma_warpgroups, self.width_v).get_slice(warpgroup_idx * WARPGROUP)
         acc_S = self._scores(mma_qk)
@@ -370,7 +350,7 @@ class Forward:
         return Operands(
             tSrQ=wg_qk.make_fragment_A(wg_qk.partition_A(smem.q)),
             tSrK=wg_qk.make_fragment_B(wg_qk.partition_B(smem.k)),
-            tOrV=wg_pv.make_fragment_B(wg_pv.partition_B(cute.composition(sV, transposed))),
+            tOrV=wg_pv.make_fragment_B(wg_pv.partition_B(transposed(smem.v))),
             tOrP=cute.make_rmem_tensor(cute.make_layout(fragments.as_operand_a(acc_S).shape), self.dtype),
             acc_O=acc_O,
             row_max=cute.make_rmem_tensor(rows, Float32),
@@ -589,30 +569,12 @@ class Forward:
         k_state: pipeline.PipelineState,
     ) -> None:
         tSrQ, tSrK = regs.tSrQ[None, None, None, q_state.index], regs.tSrK[None, None, None, k_state.index]
-        self._issue(mma_qk, acc_S, tSrQ, tSrK, self.head_dim // 16, zero_init=True)
+        issue(mma_qk, acc_S, tSrQ, tSrK, self.head_dim // 16, zero_init=True)
 
     @cute.jit
     def _issue_pv(self, mma_pv: cute.TiledMma, regs: Operands, v_state: pipeline.PipelineState) -> None:
         tOrV = regs.tOrV[None, None, None, v_state.index]
-        self._issue(mma_pv, regs.acc_O, regs.tOrP, tOrV, self.tile_n // 16, zero_init=False)
-
-    @cute.jit
-    def _issue(
-        self,
-        tiled_mma: cute.TiledMma,
-        acc: cute.Tensor,
-        tCrA: cute.Tensor,
-        tCrB: cute.Tensor,
-        slices: cutlass.Constexpr[int],
-        zero_init: cutlass.Constexpr[bool],
-    ) -> None:
-        """Issue acc (+)= A B over the first ``slices`` k-slices of 16 as one WGMMA group."""
-        warpgroup.fence()
-        atom = cute.make_mma_atom(tiled_mma.op)
-        for k in cutlass.range_constexpr(slices):
-            atom.set(warpgroup.Field.ACCUMULATE, not (zero_init and k == 0))
-            cute.gemm(atom, acc, tCrA[None, None, k], tCrB[None, None, k], acc)
-        warpgroup.commit_group()
+        issue(mma_pv, regs.acc_O, regs.tOrP, tOrV, self.tile_n // 16, zero_init=False)
 
     @cute.jit
     def _mask(
