@@ -12,8 +12,8 @@ Roles (one CTA per SM, w = tile_m / 64 MMA warpgroups):
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     q   2 stages      TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ (large head dims: 1 stage)
-    k   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after Q Kᵀ of the block
-    v   `stages`      TMA, 1 arrival + bytes → 4·w warps; released after P V of the block
+    k   `stages`      TMA, 1 arrival + bytes → 4·w warps; released when both multiplications of the step are done
+    v   `stages`      TMA, 1 arrival + bytes → 4·w warps; likewise
 
 Named barriers:
     TURN + i      MMA warpgroup i may issue its WGMMAs: i waits (128), its predecessor arrives (128). The warpgroups
@@ -23,13 +23,14 @@ Named barriers:
 Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during its softmax the others multiply:
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
     i = 1 … n-1   S_i = Q K_iᵀ, O += P_{i-1} V_{i-1};  softmax(S_i) → P_i; O rescaled if m was too low
-    boundary      S_0' = Q' K_0'ᵀ, O += P_{n-1} V_{n-1};  O / l → shared memory → TMA store;  softmax(S_0') → P_0'
+    boundary      O += P_{n-1} V_{n-1}, S_0' = Q' K_0'ᵀ;  O / l → shared memory → TMA store, while S_0' is computed;
+                  softmax(S_0') → P_0'
 
 So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
 the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Where
-there is no room for that, Q has one stage, O is stored from registers, and the boundary is in two steps: Q' is loaded
-while P_{n-1} V_{n-1} and the store go on, then S_0' follows. Rows beyond seqlen_q are loaded as zeros and clipped by
-the store; keys beyond seqlen_k are loaded as zeros and masked.
+there is no room for that, Q has one stage, O is stored from registers, and S_0' follows when Q' is there, which is
+loaded meanwhile. Rows beyond seqlen_q are loaded as zeros and clipped by the store; keys beyond seqlen_k are loaded as
+zeros and masked.
 
 Head dims: shared memory holds whole 128-byte rows (64 columns), which TMA fills up with zeros; only the columns up to
 the next multiple of 16 are multiplied. For V, that is a WGMMA narrower than the tile that its descriptors describe.
