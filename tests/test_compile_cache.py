@@ -5,6 +5,7 @@ Where the compiler is not the point it is replaced, and CPU calls are made to ne
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -868,8 +869,7 @@ def test_block_and_warm_for_real(tmp_path, capsys):
 def test_a_worker_tells_what_went_wrong(monkeypatch):
     needs_compiler()
     worker = Worker()
-    wrong = config.forward_key(torch.bfloat16, 64, 64, False, "wide")
-    object.__setattr__(wrong, "tile_m", 176)  # a name that parses, and that no kernel has
+    wrong = dataclasses.replace(KEY, tile_m=176)  # a name that parses, and that no kernel has
     answer = worker.ask(wrong)
     assert answer["error"] and not answer["disk"]
     answer = worker.ask(KEY, library="/absent/folder/k.so")
