@@ -96,11 +96,7 @@ def attention_fwd(
     query, out_rows, lse_rows = rows
     query, key, value = _addressable(query), _addressable(key), _addressable(value)
     arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
-    if device == torch.cuda.current_device():
-        plan.run(*arguments)
-    else:
-        with torch.cuda.device(device):
-            plan.run(*arguments)
+    _run_on(device, plan.run, arguments)
     return out, lse
 
 
@@ -160,12 +156,17 @@ def attention_bwd(
         right,
         cap_factor,
     )
+    _run_on(device, plan.run, arguments)
+    return dq, dk, dv
+
+
+def _run_on(device: int, run: Kernel, arguments: tuple) -> None:
+    """Launch on the current stream of ``device``."""
     if device == torch.cuda.current_device():
-        plan.run(*arguments)
+        run(*arguments)
     else:
         with torch.cuda.device(device):
-            plan.run(*arguments)
-    return dq, dk, dv
+            run(*arguments)
 
 
 def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:

@@ -3,22 +3,20 @@
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int64
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
+
+from .assembly import assemble
 
 
 @dsl_user_op
 def _add_4(  # type: ignore[no-untyped-def]
     address: Int64, offset: int, values: tuple[Float32, Float32, Float32, Float32], *, loc=None, ip=None
 ) -> None:
-    llvm.inline_asm(
+    assemble(
         None,
         [address.ir_value(loc=loc, ip=ip), *(Float32(value).ir_value(loc=loc, ip=ip) for value in values)],
         f"red.relaxed.gpu.global.add.v4.f32 [$0+{offset}], {{$1, $2, $3, $4}};",
         "l,f,f,f,f",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
         loc=loc,
         ip=ip,
     )
@@ -34,14 +32,11 @@ def bulk_add(  # type: ignore[no-untyped-def]
     ip=None,
 ) -> None:
     """Add shared memory to global memory, asynchronously, as part of the thread's current bulk group."""
-    llvm.inline_asm(
+    assemble(
         None,
         [target.toint(loc=loc, ip=ip).ir_value(), source.toint(loc=loc, ip=ip).ir_value()],
         f"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [$0], [$1], {num_bytes};",
         "l,r",
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
         loc=loc,
         ip=ip,
     )

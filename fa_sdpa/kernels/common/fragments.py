@@ -7,8 +7,9 @@ An fp32 accumulator of a warp (mma.sync m16n8, and WGMMA m64 for each of its fou
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
-from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import dsl_user_op
+
+from .assembly import assemble
 
 
 def rows_by_columns(acc: cute.Tensor) -> cute.Tensor:
@@ -64,7 +65,7 @@ def pack_pair(
     kind = {cutlass.BFloat16: "bf16x2", cutlass.Float16: "f16x2"}[dtype]
     values = [second.ir_value(loc=loc, ip=ip), first.ir_value(loc=loc, ip=ip)]
     code = f"cvt.rn.{kind}.f32 $0, $1, $2;"
-    return Int32(_asm(Int32.mlir_type, values, code, "=r,f,f", loc=loc, ip=ip))
+    return Int32(assemble(Int32.mlir_type, values, code, "=r,f,f", loc=loc, ip=ip))
 
 
 @cute.jit
@@ -78,26 +79,12 @@ def end_of_block(never: Boolean) -> None:
 @dsl_user_op
 def read_thread_idx(*, loc: object = None, ip: object = None) -> Int32:
     """threadIdx.x, read here and now: addresses computed from it are not kept in registers across a loop."""
-    return Int32(_asm(Int32.mlir_type, [], "mov.u32 $0, %tid.x;", "=r", loc=loc, ip=ip))
+    return Int32(assemble(Int32.mlir_type, [], "mov.u32 $0, %tid.x;", "=r", loc=loc, ip=ip))
 
 
 @dsl_user_op
 def _trap(*, loc: object = None, ip: object = None) -> None:
-    _asm(None, [], "trap;", "", loc=loc, ip=ip)
-
-
-def _asm(result: object, values: list, code: str, constraints: str, *, loc: object, ip: object) -> object:
-    return llvm.inline_asm(
-        result,
-        values,
-        code,
-        constraints,
-        has_side_effects=True,
-        is_align_stack=False,
-        asm_dialect=llvm.AsmDialect.AD_ATT,
-        loc=loc,
-        ip=ip,
-    )
+    assemble(None, [], "trap;", "", loc=loc, ip=ip)
 
 
 @cute.jit

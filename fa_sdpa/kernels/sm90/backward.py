@@ -80,6 +80,7 @@ from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
+from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 SCORES = 1  # named barriers; barrier 0 is the CTA's
@@ -470,14 +471,14 @@ class Backward:
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, _, _, end = self._query_blocks(n_block, gmem, window)
-            self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
-            self._load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
+            load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
+            load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
             kv_state.advance()
             for i in cutlass.range(end - start, unroll=1):
                 m_block = end - 1 - i
                 for g in cutlass.range(qhead_per_kvhead, unroll=1):
                     head = head_kv * qhead_per_kvhead + g
-                    self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+                    load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
                     with cute.arch.elect_one():
                         cute.copy(
                             cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
@@ -485,27 +486,9 @@ class Backward:
                             smem.statistics[None, q_state.index],
                             mbar_ptr=pipelines.q.producer_get_barrier(q_state),
                         )
-                    self._load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
+                    load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
                     q_state.advance()
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
-
-    @cute.jit
-    def _load_tile(
-        self,
-        atom: cute.CopyAtom,
-        mX: cute.Tensor,  # (s, d) of one head
-        sX: cute.Tensor,  # (rows, d, stages)
-        index: Int32,
-        pipe: pipeline.PipelineTmaAsync,
-        state: pipeline.PipelineState,
-    ) -> None:
-        """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
-        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
-        tXsX, tXgX = cpasync.tma_partition(
-            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-        )
-        pipe.producer_acquire(state)
-        cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     @cute.jit
     def add_dq(

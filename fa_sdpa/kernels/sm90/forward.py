@@ -59,6 +59,7 @@ from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
 from .config import ForwardConfig
+from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 WARPGROUP = 128  # threads
@@ -299,9 +300,9 @@ class Forward:
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
         end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
         head_kv = head // qhead_per_kvhead
-        self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
+        load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
         k_state.advance()
-        self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+        load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
         q_state.advance()
         while is_valid:
             gK, gV = gmem.k[None, None, head_kv, batch], gmem.v[None, None, head_kv, batch]
@@ -309,38 +310,20 @@ class Forward:
             if cutlass.const_expr(self.has_window):
                 start, _ = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
             for i in cutlass.range(end - 1 - start, unroll=1):
-                self._load_tile(atoms.k, gK, smem.k, end - 2 - i, pipelines.k, k_state)
+                load_tile(atoms.k, gK, smem.k, end - 2 - i, pipelines.k, k_state)
                 k_state.advance()
-                self._load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
+                load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
             head_kv = head // qhead_per_kvhead
             if is_valid:
-                self._load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
-                self._load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+                load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
+                load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
             k_state.advance()
             q_state.advance()
-            self._load_tile(atoms.v, gV, smem.v, start, pipelines.v, v_state)
+            load_tile(atoms.v, gV, smem.v, start, pipelines.v, v_state)
             v_state.advance()
-
-    @cute.jit
-    def _load_tile(
-        self,
-        atom: cute.CopyAtom,
-        mX: cute.Tensor,  # (s, d) of one head
-        sX: cute.Tensor,  # (rows, d, stages)
-        index: Int32,
-        pipe: pipeline.PipelineTmaAsync,
-        state: pipeline.PipelineState,
-    ) -> None:
-        """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
-        gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
-        tXsX, tXgX = cpasync.tma_partition(
-            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-        )
-        pipe.producer_acquire(state)
-        cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
 
     def _operands(self, mma_qk: cute.TiledMma, mma_pv: cute.TiledMma, smem: Smem, warpgroup_idx: Int32) -> Operands:
         wg_qk = mma_qk.get_slice(warpgroup_idx * WARPGROUP)

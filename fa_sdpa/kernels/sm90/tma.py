@@ -1,0 +1,23 @@
+"""Loads by the tensor memory accelerator (TMA) into the stages of a pipeline."""
+
+import cutlass.cute as cute
+from cutlass import Int32, pipeline
+from cutlass.cute.nvgpu import cpasync
+
+
+@cute.jit
+def load_tile(
+    atom: cute.CopyAtom,
+    mX: cute.Tensor,  # (s, d) of one head
+    sX: cute.Tensor,  # (rows, d, stages)
+    index: Int32,
+    pipe: pipeline.PipelineTmaAsync,
+    state: pipeline.PipelineState,
+) -> None:
+    """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
+    gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
+    tXsX, tXgX = cpasync.tma_partition(
+        atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+    )
+    pipe.producer_acquire(state)
+    cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
