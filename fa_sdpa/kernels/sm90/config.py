@@ -84,6 +84,18 @@ class ForwardConfig:
         """2 where there is room: then the next tile's Q is loaded while this one's is still in use."""
         return 2 if self.stores_by_tma else 1
 
+    def next_scores(self, is_causal: bool) -> NextScores:
+        """When, at the end of a tile, the next one's first Q Kᵀ is issued.
+
+        After P V, O is finished beside it, and no softmax follows the last tile. Before P V both are waited for, and
+        the softmax follows even there, without a branch. On an H100 (bf16, 16k tokens) that is 2 % faster for short
+        causal tiles at d64 (512 … 2k), and up to 7 % slower at d80; elsewhere within 1.5 %, and 0.6-1 µs are lost where
+        each CTA has one tile.
+        """
+        if self.q_stages == 1:
+            return "late"
+        return "before" if is_causal and self.tile_m == 128 and max(self.head_dim, self.head_dim_v) <= 64 else "after"
+
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
@@ -208,6 +220,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 Tile = Literal["small", "normal", "wide"]
+NextScores = Literal["before", "after", "late"]  # P V of the last block; late: O is stored first
 
 # Keys per block of the wide tile, by the larger head dim: what leaves S, P and O within 160 registers of a thread.
 WIDE_KEYS = {64: 128, 96: 96}

@@ -24,7 +24,7 @@ Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during i
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
     i = 1 … n-1   S_i = Q K_iᵀ, O += P_{i-1} V_{i-1};  softmax(S_i) → P_i; O rescaled if m was too low
     boundary      O += P_{n-1} V_{n-1}, S_0' = Q' K_0'ᵀ;  O / l → shared memory → TMA store, while S_0' is computed;
-                  softmax(S_0') → P_0'
+                  softmax(S_0') → P_0'   (where config.next_scores says so, S_0' first, as in a step)
 
 So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
 the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Where
@@ -134,6 +134,7 @@ class Forward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.head_dim_out = key.head_dim_v
         self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma
+        self.next_scores = config.next_scores(key.is_causal)
         self.is_causal, self.has_window = key.is_causal, key.window
         self.later_cost_more = key.is_causal or key.window  # query blocks; of the scheduler's orders
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
@@ -398,30 +399,38 @@ class Forward:
             row_block = m_block * self.mma_warpgroups + wg
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             acc_S = self._scores(mma_qk)
-            if cutlass.const_expr(self.q_stages == 2):
+            if cutlass.const_expr(self.next_scores != "late"):
                 self._wait_tile(pipelines, q_state, k_state, is_valid)
             self._wait_turn(wg)
+            if cutlass.const_expr(self.next_scores == "before"):
+                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             pipelines.v.consumer_wait(v_state)
             self._issue_pv(mma_pv, regs, v_state)
-            if cutlass.const_expr(self.q_stages == 2):
+            if cutlass.const_expr(self.next_scores == "after"):
                 self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             self._pass_turn(wg, to_next=True)
-            warpgroup.wait_group(self.q_stages - 1)
+            warpgroup.wait_group(1 if self.next_scores == "after" else 0)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
+            if cutlass.const_expr(self.next_scores == "before"):
+                if is_valid:
+                    pipelines.k.consumer_release(k_state)
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, scoring.scale_log2, sink)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
             if cutlass.const_expr(self.stores_by_tma):
                 self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, wg)
             else:
                 self._store_rows(regs.acc_O, gO, first_row)
-            if cutlass.const_expr(self.q_stages == 1):
-                self._wait_tile(pipelines, q_state, k_state, is_valid)
-                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
-            warpgroup.wait_group(0)
-            if is_valid:
-                pipelines.k.consumer_release(k_state)
+            if cutlass.const_expr(self.next_scores == "before"):
                 self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
+            else:
+                if cutlass.const_expr(self.next_scores == "late"):
+                    self._wait_tile(pipelines, q_state, k_state, is_valid)
+                    self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
+                warpgroup.wait_group(0)
+                if is_valid:
+                    pipelines.k.consumer_release(k_state)
+                    self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
             k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
