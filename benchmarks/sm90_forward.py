@@ -25,70 +25,47 @@ its reason. The ratio of a cell is the best peer's time over ours: above 1 we ar
 from __future__ import annotations
 
 import argparse
-import importlib
+import contextlib
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from forward_cases import BREADTH, PLAIN, REPEATED, Case, gate, inputs, keys_of, random_case  # noqa: E402
 from provenance import save  # noqa: E402
 
+from fa_sdpa.bench.cells import Cell  # noqa: E402
+from fa_sdpa.bench.contenders import Call, Contender, brief, contender  # noqa: E402
+from fa_sdpa.bench.timing import ROUNDS, in_rounds, orders  # noqa: E402, F401
 from fa_sdpa.kernels import launch  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 
 TOKENS = 16384
-ROUNDS = 10  # at least
 CALLS = 64  # captured in one graph
 L2_BYTES = 50 << 20
-PEERS = ("torch", "cudnn", "flash2", "fa4")
+PEERS = {"torch": "native", "cudnn": "cudnn", "flash2": "flash", "fa4": "flash-attn-4"}  # here → in fa_sdpa.bench
 
 
-class Cell(NamedTuple):
-    """One row of a table."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    is_causal: bool
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
-        head_dim = f"{self.head_dim}" if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        seqlen = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"
-        return f"d{head_dim} {'causal' if self.is_causal else 'full'} {seqlen} b{self.batch} h{heads}"
-
-    @property
-    def case(self) -> Case:
-        return Case(
-            "bf16",
-            self.head_dim,
-            self.head_dim_v,
-            self.batch,
-            self.heads,
-            self.heads_kv,
-            self.seqlen_q,
-            self.seqlen_k,
-            Options(self.is_causal),
-        )
-
-    @property
-    def flops(self) -> int:
-        pairs = self.batch * self.heads * self.seqlen_q * self.seqlen_k
-        return 2 * pairs * (self.head_dim + self.head_dim_v) // (2 if self.is_causal else 1)
+def case_of(cell: Cell) -> Case:
+    """A cell as the numerics cases are."""
+    return Case(
+        cell.dtype,
+        cell.head_dim,
+        cell.head_dim_v,
+        cell.batch,
+        cell.heads,
+        cell.heads_kv,
+        cell.seqlen_q,
+        cell.seqlen_k,
+        Options(cell.is_causal),
+    )
 
 
 def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
@@ -125,44 +102,24 @@ CELLS = {
 }
 UNITS = {"grid": "TFLOP/s", "breadth": "TFLOP/s", "latency": "µs", "decode": "µs"}
 
-Call = Callable[[Tensor, Tensor, Tensor, bool], Any]
 Run = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 def contenders() -> dict[str, Call]:
     """Name → call(query, key, value, is_causal), ours first; flash-attn-4 where it can be imported."""
-
-    def backend(choice: SDPBackend | None = None) -> Call:
-        def call(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-            has_groups = query.shape[1] != key.shape[1]
-            if choice is None:
-                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
-            with sdpa_kernel(choice):
-                return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
-
-        return call
-
-    calls: dict[str, Call] = {
-        "ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, None, Options(is_causal=c))[0],
-        "torch": backend(),
-        "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
-        "flash2": backend(SDPBackend.FLASH_ATTENTION),
-    }
-    try:
-        fa4 = importlib.import_module("flash_attn.cute.interface").flash_attn_func
-    except (ImportError, RuntimeError):  # RuntimeError: its compiler is only half there
-        return calls
-
-    def call_fa4(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        out = fa4(*(x.transpose(1, 2) for x in (query, key, value)), causal=is_causal)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    calls["fa4"] = call_fa4
+    calls: dict[str, Call] = {"ours": lambda q, k, v, c: launch.attention_fwd(q, k, v, None, Options(is_causal=c))[0]}
+    for name in PEERS:
+        with contextlib.suppress(ImportError):
+            calls[name] = _in_scope(contender(PEERS[name]))
     return calls
 
 
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
+def _in_scope(peer: Contender) -> Call:
+    def call(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        with peer.scope():
+            return peer.call(query, key, value, is_causal)
+
+    return call
 
 
 def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: Tensor | None) -> str:
@@ -170,7 +127,7 @@ def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: 
     try:
         out = call(*tensors, is_causal)  # type: ignore[call-arg, arg-type]
     except Exception as error:  # each peer has its own way to refuse
-        return _brief(error)
+        return brief(error)
     if expected is None:
         return ""
     off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
@@ -183,7 +140,7 @@ def measure(cell: Cell, group: str, calls: dict[str, Call], only_prepare: bool =
     size = 2 * (cell.batch * cell.heads * cell.seqlen_q + cell.batch * cell.heads_kv * cell.seqlen_k)
     size *= cell.head_dim + cell.head_dim_v
     num_sets = min(max(math.ceil(2 * L2_BYTES / size), 2), CALLS) if is_graph and not only_prepare else 1
-    sets = [inputs(cell.case)[:3] for _ in range(num_sets)]
+    sets = [inputs(case_of(cell))[:3] for _ in range(num_sets)]
     expected = calls["ours"](*sets[0], cell.is_causal) if "ours" in calls else None
     refused = {name: why for name, call in calls.items() if (why := refusal(call, sets[0], cell.is_causal, expected))}
     if "ours" in refused:
@@ -203,21 +160,9 @@ def _bound(call: Call, is_causal: bool) -> Run:
     return lambda query, key, value: call(query, key, value, is_causal)
 
 
-def orders(count: int) -> list[list[int]]:
-    """ROUNDS or more orders of ``count`` contenders; within them each follows each other one equally often."""
-    zigzag = [(i + 1) // 2 if i % 2 else (count - i // 2) % count for i in range(count)]
-    rows = [[(x + shift) % count for x in zigzag] for shift in range(count)]
-    rows += [row[::-1] for row in rows]  # what balances an odd count
-    return rows * math.ceil(ROUNDS / len(rows))
-
-
-def in_rounds(names: list[str], time_one: Callable[[str], float]) -> dict[str, float]:
+def medians(names: list[str], time_one: Callable[[str], float]) -> dict[str, float]:
     """Median of ``time_one`` over rounds over the contenders."""
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for order in orders(len(names)):
-        for i in order:
-            times[names[i]].append(time_one(names[i]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in in_rounds(names, time_one).items()}
 
 
 def bench_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
@@ -227,7 +172,7 @@ def bench_ms(runs: dict[str, Run], sets: list[Any]) -> dict[str, float]:
     def time_one(name: str) -> float:
         return do_bench(lambda: runs[name](*sets[0]), warmup=8, rep=15, return_mode="median")
 
-    return in_rounds(list(runs), time_one)
+    return medians(list(runs), time_one)
 
 
 def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> dict[str, float]:
@@ -243,7 +188,7 @@ def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> 
         except Exception as error:
             if name == "ours":
                 raise
-            refused[name] = f"in a CUDA graph: {_brief(error)}"
+            refused[name] = f"in a CUDA graph: {brief(error)}"
 
     def time_one(name: str) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -255,10 +200,10 @@ def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> 
         end.synchronize()
         return start.elapsed_time(end) / (3 * CALLS)
 
-    return in_rounds(list(graphs), time_one)
+    return medians(list(graphs), time_one)
 
 
-def ratio(row: dict[str, Any], peers: tuple[str, ...] = PEERS) -> float | None:
+def ratio(row: dict[str, Any], peers: Iterable[str] = PEERS) -> float | None:
     """The best peer's time over ours; None if neither of them was timed."""
     values = [row[name] for name in peers if row.get(name)]
     if not values or not row.get("ours"):
@@ -323,7 +268,7 @@ def main() -> None:
     ]
     if args.list_keys:
         cases = [random_case(args.seed, index, kinds) for index in range(args.cases)]
-        return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(cell.case for _, cell in cells)])))
+        return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(case_of(cell) for _, cell in cells)])))
     about: dict[str, Any] = {"numerics": None}
     if args.cases:
         about["numerics"] = gate(args.cases, args.seed, kinds)

@@ -1,4 +1,4 @@
-"""python -m fa_sdpa run | explain | doctor | warm: argument parsing only."""
+"""python -m fa_sdpa run | explain | doctor | warm | bench: argument parsing only."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import torch
 
 from . import doctor, warm
 from . import record as calls
+from .bench import command as bench
 from .kernels.key import KernelKey
+from .meta.models import MODELS
 from .meta.spec import AttentionSpec
 from .meta.target import Target
 from .policy import Policy, decide
+from .progress import Progress
 from .run import run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.set_defaults(call=_doctor)
 
     _add_warm(commands)
+    bench.add_parser(commands)
 
     args = parser.parse_args(argv)
     try:
@@ -71,7 +75,7 @@ def _add_warm(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Without --model, --shape, --calls or --kernel: the kernels of the most common calls.",
     )
     command.add_argument("--arch", type=_arch, help="sm_90, for a GPU that need not be here (default: this machine's)")
-    models = f"a transformers config.json, or one of {', '.join(warm.PRESETS)}"
+    models = f"a transformers config.json, or one of {', '.join(MODELS)}"
     command.add_argument("--model", action="append", default=[], metavar="CONFIG", help=models)
     command.add_argument("--shape", type=_shape, action="append", default=[], metavar="B,H,Sq,D", help="of a query")
     command.add_argument("--dv", type=int, metavar="N", help="head dim of value with --shape (default: that of query)")
@@ -144,8 +148,12 @@ def _warm(args: argparse.Namespace) -> None:
         if args.list:
             print("\n".join(key.name for key in keys))
             return
-        progress = warm.Progress(len(keys))
+        bar = Progress(len(keys), "kernels")
         manifest = None
+
+        def progress(outcome: warm.Outcome) -> None:
+            bar(outcome.key.name, outcome.what, outcome.error is not None)
+
         if args.bundle:
             done, manifest = warm.to_bundle(keys, args.jobs, progress, args.bundle)
         else:

@@ -107,6 +107,16 @@ def sdp_flags() -> tuple[bool, bool, bool, bool]:
     )
 
 
+def fused_choice(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, enable_gqa: bool) -> str:
+    """The backend that torch's SDPA takes for a call without mask and dropout, as the flags are now: its name in
+    SDPBackend, or "UNKNOWN" where torch does not tell."""
+    choose = getattr(torch, "_fused_sdp_choice", None)
+    if choose is None:
+        return "UNKNOWN"
+    choice = choose(query, key, value, None, 0.0, is_causal, scale=None, enable_gqa=enable_gqa)
+    return torch.nn.attention.SDPBackend(choice).name
+
+
 def transform_active() -> bool:
     """Whether a torch.func transform (grad, jvp, functionalize …) is open."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import queue
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -21,23 +19,11 @@ from .kernels import launch
 from .kernels.cache import open_cache
 from .kernels.key import KernelKey
 from .kernels.worker import Worker, WorkerDied
+from .meta.models import MODELS
 from .meta.spec import AttentionSpec
 from .meta.target import Target
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PRESETS: dict[str, tuple[int, ...]] = {  # name → head dims
-    "llama3-8b": (128,),
-    "llama2-7b": (128,),
-    "llama3.2-1b": (64,),
-    "qwen2.5-7b": (128,),
-    "mistral-7b": (128,),
-    "mixtral-8x7b": (128,),
-    "flux": (128,),
-    "sd3": (64,),
-    "vit": (64,),
-    "bert": (64,),
-    "whisper": (64,),
-}
 
 
 class Outcome(NamedTuple):
@@ -47,6 +33,11 @@ class Outcome(NamedTuple):
     seconds: float  # of compiling; 0 where that was not needed
     error: str | None = None
 
+    @property
+    def what(self) -> str:
+        """In a word or two."""
+        return "failed" if self.error else f"{self.seconds:.1f} s" if self.seconds else "there already"
+
 
 # ---- which kernels ---------------------------------------------------------------------------------------------------
 
@@ -55,19 +46,19 @@ def specs_of_model(model: str, dtype: torch.dtype | None = None) -> list[Attenti
     """What a model may ask for: prefill, decoding and training. The sizes mean nothing: for ``keys_of(any_size=True)``.
 
     Args:
-        model: a name of PRESETS, or the path of a transformers ``config.json``.
+        model: a name of meta.models.MODELS, or the path of a transformers ``config.json``.
         dtype: default: the config's if that is bf16 or fp16, or else bf16.
 
     Raises:
         ValueError: neither of the two, or a config in which no attention is found.
     """
-    if model in PRESETS:
-        found = {(dim, dim): torch.bfloat16 for dim in PRESETS[model]}
+    if model in MODELS:
+        found = {(layer.head_dim, layer.head_dim): torch.bfloat16 for layer in MODELS[model]}
     else:
         try:
             found = dict(_attention_of(json.loads(Path(model).read_text()), torch.bfloat16))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{model} is no config.json and none of {', '.join(PRESETS)}: {error}") from error
+            raise ValueError(f"{model} is no config.json and none of {', '.join(MODELS)}: {error}") from error
         if not found:
             raise ValueError(f"{model} names no head dim: neither head_dim nor hidden_size and num_attention_heads")
     return [
@@ -207,25 +198,3 @@ def _work(
     finally:
         if worker is not None:
             worker.close()
-
-
-class Progress:
-    """A bar on a terminal, elsewhere a line for each kernel."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._failed, self._start = total, 0, 0, time.monotonic()
-        self._bar = sys.stderr.isatty()
-
-    def __call__(self, outcome: Outcome) -> None:
-        self._done += 1
-        self._failed += outcome.error is not None
-        what = "failed" if outcome.error else f"{outcome.seconds:.1f} s" if outcome.seconds else "there already"
-        if not self._bar:
-            print(f"{self._done}/{self._total} {outcome.key.name}: {what}", file=sys.stderr)
-            return
-        filled = 30 * self._done // self._total
-        failed = f", {self._failed} failed" if self._failed else ""
-        seconds = f"{time.monotonic() - self._start:.0f} s"
-        line = f"[{'#' * filled}{'.' * (30 - filled)}] {self._done}/{self._total} kernels{failed}, {seconds}"
-        end = "\n" if self._done == self._total else ""
-        print(f"\r{line}  {outcome.key.name[:60]:60}", end=end, file=sys.stderr, flush=True)

@@ -33,6 +33,7 @@ from fa_sdpa.kernels import jit, launch
 from fa_sdpa.kernels.cache import Cache
 from fa_sdpa.kernels.sm90 import config
 from fa_sdpa.kernels.worker import Worker, WorkerDied
+from fa_sdpa.meta.models import MODELS
 from fa_sdpa.meta.spec import AttentionSpec, Options
 from fa_sdpa.meta.target import Target
 
@@ -757,7 +758,7 @@ def test_models_that_are_none(tmp_path):
     for model in (tmp_path / "config.json", tmp_path / "absent", ROOT / "README.md"):
         with pytest.raises(ValueError, match=str(model)):
             warm.specs_of_model(str(model))
-    for preset in warm.PRESETS:
+    for preset in MODELS:
         assert warm.specs_of_model(preset)
 
 

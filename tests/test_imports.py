@@ -16,10 +16,11 @@ LAYERS = (
     {"kernels", "reference"},
     {"_torch_private"},
     {"ops", "policy"},
-    {"state", "counts", "record", "warm"},
+    {"state", "counts", "record", "warm", "progress"},
     {"router"},
     {"switch"},
     {"run", "doctor"},
+    {"bench"},
     {"__main__"},
 )
 COMPILERS = {"cutlass", "quack", "triton", "tvm_ffi"}

@@ -1,6 +1,6 @@
 """What routing costs the host: µs per eager SDPA call in each state of the router, on tensors too small to matter.
 
-    python benchmarks/host_overhead.py [--device cuda] [--out benchmarks/results/host_overhead_cpu.json]
+    python -m fa_sdpa bench host [--device cuda] [--json benchmarks/results/host_overhead_cpu.json]
 
 The states take turns in short rounds, so that a busy machine slows all of them alike. What a state costs over plain
 torch is the difference between their fastest rounds; the medians are shown to tell how busy the machine was. On CUDA
@@ -15,15 +15,16 @@ import contextlib
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import provenance  # first: it makes this checkout importable
 import torch
 import torch.nn.functional as F
 
 import fa_sdpa
+
+from . import provenance
 
 BUDGET_US = 6.0  # what a call that policy leaves to torch may cost over plain torch
 
@@ -106,13 +107,15 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fa_sdpa bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--calls", type=int, default=1000, help="calls in a round")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
 
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -125,8 +128,8 @@ def main() -> None:
         print(f"{what:42}{row['fastest_us']:9.2f}{row['median_us']:9.2f}{row['over_torch_us']:12.2f}")
     worst = max(row["over_torch_us"] for row in rows if "left to torch" in row["state"])
     print(f"left to torch: at most {worst:.2f} µs over plain torch, the budget is {BUDGET_US} µs")
-    if args.out:
-        provenance.save(args.out, rows, budget_us=BUDGET_US)
+    if args.json:
+        provenance.save(args.json, rows, budget_us=BUDGET_US)
     raise SystemExit(worst > BUDGET_US)
 
 

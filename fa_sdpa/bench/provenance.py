@@ -1,0 +1,46 @@
+"""Where a benchmark number comes from. Every result file is written by ``save``."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ..doctor import environment
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def provenance() -> dict[str, Any]:
+    """The machine, the software, the commit and the day."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {**environment(), "commit": commit(), "date": now.strftime("%Y-%m-%d %H:%M UTC")}
+
+
+def commit() -> str | None:
+    """The commit measured, with "+changes" where the code differs from it; None for an installed package.
+
+    A copy without its git history says which commit it is in FA_SDPA_COMMIT, also inside another repository.
+    """
+    try:
+        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
+            return os.environ.get("FA_SDPA_COMMIT")
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+changes" if _git("status", "--porcelain", "--", ":!benchmarks/results") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("FA_SDPA_COMMIT")
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def save(path: str | Path, results: Any, **about: Any) -> None:
+    """Writes `{"provenance": …, **about, "results": …}` as JSON."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"provenance": provenance(), **about, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n")
