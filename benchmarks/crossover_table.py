@@ -1,12 +1,14 @@
-"""Writes fa_sdpa/meta/tables/sm90.json from the kernels' result files, so that no threshold in it is chosen by hand.
+"""Writes fa_sdpa/meta/tables/sm90.json from result files, so that no figure in it is chosen by hand.
 
     python benchmarks/crossover_table.py            write the table
     python benchmarks/crossover_table.py --check    exit status 1 where it differs from what would be written
 
-A rule for each measured head dim and mask: forward by the forward's time, training by forward and backward together.
-Its threshold is the shortest measured length from which on we are at least as fast as torch's default at every longer
-one. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the host
-needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens.
+Kinds of calls (direction, head dims, mask) that qualify_h100.json has measured, the report.json of `python -m fa_sdpa
+qualify` on an H100, get a model of time fitted to it. So do the others whose forward was timed in enough cells by
+sm90_forward.py; their host's time is that of host_overhead_h100.json. The rest get thresholds: the shortest measured
+length from which on we are at least as fast as torch's default at every longer one, training by forward and backward
+together. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the
+host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens.
 """
 
 from __future__ import annotations
@@ -16,66 +18,129 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from provenance import RESULTS, ROOT
+from provenance import RESULTS, ROOT  # first: it makes this checkout importable
+
+from fa_sdpa.bench.cells import Cell
+from fa_sdpa.meta import fit
+from fa_sdpa.meta.crossover import Crossover, Direction, Rule, to_json
+from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
+QUALIFY, HOST = "qualify_h100", "host_overhead_h100"
 FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100", "sm90_backward_breadth_h100")
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
+NUM_SMS = 132
 
 
-class Cell(NamedTuple):
+class Kind(NamedTuple):
+    """The calls that a rule speaks for."""
+
+    direction: Direction
     head_dim: int
+    head_dim_v: int
     is_causal: bool
-    seqlen: int
 
 
-def cells(names: Iterable[str]) -> dict[Cell, tuple[float, float]]:
-    """Time of ours and of torch's default, in units of a forward's flops, where head dims and head counts are alike."""
-    times = {}
-    for name in names:
-        for row in json.loads((RESULTS / f"{name}.json").read_text())["results"]:
-            alike = row["head_dim"] == row["head_dim_v"] and row["heads"] == row["heads_kv"]
-            if alike and row["seqlen"] * row["batch"] == 16384 and row.get("group", "grid") in ("grid", "breadth"):
-                times[Cell(row["head_dim"], row["is_causal"], row["seqlen"])] = 1 / row["ours"], 1 / row["torch"]
-    return times
+def content(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def rules(direction: str, times: dict[Cell, tuple[float, float]]) -> list[dict[str, Any]]:
-    """One rule for each head dim and mask; none where we are behind at the longest length."""
-    found = []
-    for head_dim, is_causal in sorted({cell[:2] for cell in times}):
-        threshold = None
-        for cell in sorted((cell for cell in times if cell[:2] == (head_dim, is_causal)), reverse=True):
-            if times[cell][0] > times[cell][1]:
-                break
-            threshold = cell.seqlen
-        if threshold is not None:
-            steps = [[1, max(threshold, FREE_SEQLEN)]]
-            steps += [[MIN_TOKENS // s, s] for s in (1024, 512) if threshold <= s]
-            rule = {"direction": direction, "head_dim": [head_dim] * 2, "is_causal": is_causal, "min_seqlen": steps}
-            found.append(rule)
+def rows(names: Iterable[str]) -> list[dict[str, Any]]:
+    return [row for name in names for row in (content(name) or {"results": []})["results"]]
+
+
+# ---- models of time --------------------------------------------------------------------------------------------------
+
+
+def forward_cells() -> list[fit.Timed]:
+    """What sm90_forward.py has timed, with the host's times of host_overhead_h100.json."""
+    host = {
+        row["state"]: row["fastest_us"]
+        for row in rows((HOST,))
+        if row["call"] == "SDPA" and not row["grad"] and row["state"] in ("routed", "plain torch")
+    }
+    cells = []
+    for row in rows(FORWARD):
+        if row["group"] == "decode" or not row["ours"] or not row["torch"]:
+            continue
+        cell = Cell(*(row[name] for name in Cell._fields[:8]))
+        ours, theirs = (
+            row[name] if row["unit"] == "µs" else cell.flops / row[name] / 1e6 for name in ("ours", "torch")
+        )
+        cells.append(fit.Timed("forward", cell.spec("forward"), ours, theirs, host["routed"], host["plain torch"]))
+    return cells
+
+
+def kind_of(cell: fit.Timed) -> Kind:
+    return Kind(cell.direction, cell.spec.head_dim, cell.spec.head_dim_v, cell.spec.is_causal)
+
+
+def models() -> list[Rule]:
+    """A rule for each kind that was measured enough: by ``qualify`` if that did."""
+    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS)
+    there = {kind_of_rule(rule) for rule in found}
+    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS)
+
+
+def kind_of_rule(rule: Rule) -> Kind:
+    return Kind(rule.direction, rule.head_dim[0], (rule.head_dim_v or rule.head_dim)[0], rule.is_causal)
+
+
+# ---- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def times(names: Iterable[str]) -> dict[tuple[int, bool, int], tuple[float, float]]:
+    """(head dim, is_causal, seqlen) → time of ours and of torch's default, in units of a forward's flops, where head
+    dims and head counts are alike."""
+    found = {}
+    for row in rows(names):
+        alike = row["head_dim"] == row["head_dim_v"] and row["heads"] == row["heads_kv"]
+        if alike and row["seqlen"] * row["batch"] == 16384 and row.get("unit", "TFLOP/s") == "TFLOP/s":
+            found[row["head_dim"], row["is_causal"], row["seqlen"]] = 1 / row["ours"], 1 / row["torch"]
     return found
 
 
+def thresholds(direction: Direction, of: dict[tuple[int, bool, int], tuple[float, float]]) -> list[Rule]:
+    """One rule for each head dim and mask; none where we are behind at the longest length."""
+    found = []
+    for head_dim, is_causal in sorted({cell[:2] for cell in of}):
+        threshold = None
+        for cell in sorted((cell for cell in of if cell[:2] == (head_dim, is_causal)), reverse=True):
+            if of[cell][0] > of[cell][1]:
+                break
+            threshold = cell[2]
+        if threshold is not None:
+            steps = [(1, max(threshold, FREE_SEQLEN))]
+            steps += [(MIN_TOKENS // s, s) for s in (1024, 512) if threshold <= s]
+            found.append(Rule(direction, (head_dim, head_dim), is_causal, tuple(steps)))
+    return found
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
 def table() -> str:
-    forward, backward = cells(FORWARD), cells(BACKWARD)
+    forward, backward = times(FORWARD), times(BACKWARD)
     training = {
-        cell: tuple(f + 2.5 * b for f, b in zip(forward[cell], backward[cell], strict=True))
+        cell: (forward[cell][0] + 2.5 * backward[cell][0], forward[cell][1] + 2.5 * backward[cell][1])
         for cell in forward.keys() & backward.keys()
     }
-    provenance = [json.loads((RESULTS / f"{name}.json").read_text())["provenance"] for name in (*FORWARD, *BACKWARD)]
-    files = ", ".join(
-        f"{name}.json ({about['commit'][:7]})" for name, about in zip((*FORWARD, *BACKWARD), provenance, strict=True)
-    )
+    rules = models()
+    there = {kind_of_rule(rule) for rule in rules}
+    rest = [*thresholds("forward", forward), *thresholds("training", training)]
+    rules += [rule for rule in rest if kind_of_rule(rule) not in there]
+    provenance = {
+        name: about["provenance"] for name in (QUALIFY, *FORWARD, *BACKWARD, HOST) if (about := content(name))
+    }
+    files = ", ".join(f"{name}.json ({about['commit'][:7]})" for name, about in provenance.items())
+    newest = max(provenance.values(), key=lambda about: about["date"])
     about = {
         "source": f"this library's kernels against torch's default backend: benchmarks/results/{files}",
-        **{name: provenance[0][name] for name in ("device", "torch", "cudnn", "date")},
-        "protocol": " ".join(__doc__.split("\n\n")[2].split()),
+        **{name: newest[name] for name in ("device", "torch", "cudnn", "date")},
+        "protocol": " ".join((__doc__ or "").split("\n\n")[2].split()),
     }
-    listed = [*rules("forward", forward), *rules("training", training)]  # type: ignore[arg-type]
-    lines = ",\n    ".join(json.dumps(rule) for rule in listed)
-    head = json.dumps({"schema": 1, "arch": 90, "provenance": about}, indent=2, ensure_ascii=False)
-    return f'{head[:-2]},\n  "rules": [\n    {lines}\n  ]\n}}\n'
+    return to_json(Crossover(90, about["source"], tuple(rules), NUM_SMS), about)
 
 
 def main() -> None:

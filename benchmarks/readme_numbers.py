@@ -1,4 +1,5 @@
-"""Writes the tables of README.md from benchmarks/results/*.json, so that no number in it is typed by hand.
+"""Writes the tables of README.md from benchmarks/results/*.json, and below `$ python -m fa_sdpa explain …` what that
+prints, so that no number in it is typed by hand.
 
 python benchmarks/readme_numbers.py           rewrite what stands between <!-- NAME.json --> and <!-- end -->
 python benchmarks/readme_numbers.py --check   exit status 1 where README.md differs from that
@@ -6,14 +7,20 @@ python benchmarks/readme_numbers.py --check   exit status 1 where README.md diff
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from provenance import RESULTS, ROOT
+from provenance import RESULTS, ROOT  # first: it makes this checkout importable
 
+from fa_sdpa.__main__ import main as command_line
+
+EXPLAIN = re.compile(r"(\$ python -m fa_sdpa explain (.*)\n).*\n")
 README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -69,9 +76,17 @@ def block(name: str) -> str:
     return f"{TABLES[name](content)}\n{machine}, commit {about['commit']} ([{path.name}]({path.relative_to(ROOT)})).\n"
 
 
+def explanation(arguments: str) -> str:
+    """What `python -m fa_sdpa explain` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        command_line(["explain", *shlex.split(arguments)])
+    return said.getvalue()
+
+
 def main() -> None:
     text = README.read_text()
     fresh = BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], text)
+    fresh = EXPLAIN.sub(lambda match: match[1] + explanation(match[2]), fresh)
     if "--check" not in sys.argv[1:]:
         README.write_text(fresh)
     elif fresh != text:

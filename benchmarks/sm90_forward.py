@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from forward_cases import BREADTH, PLAIN, REPEATED, Case, gate, inputs, keys_of, random_case  # noqa: E402
 from provenance import save  # noqa: E402
 
-from fa_sdpa.bench.cells import Cell  # noqa: E402
+from fa_sdpa.bench import cells as shapes  # noqa: E402
 from fa_sdpa.bench.contenders import Call, Contender, brief, contender  # noqa: E402
 from fa_sdpa.bench.timing import ROUNDS, in_rounds, orders  # noqa: E402, F401
 from fa_sdpa.kernels import launch  # noqa: E402
@@ -53,22 +53,26 @@ L2_BYTES = 50 << 20
 PEERS = {"torch": "native", "cudnn": "cudnn", "flash2": "flash", "fa4": "flash-attn-4"}  # here → in fa_sdpa.bench
 
 
-def case_of(cell: Cell) -> Case:
-    """A cell as the numerics cases are."""
-    return Case(
-        cell.dtype,
-        cell.head_dim,
-        cell.head_dim_v,
-        cell.batch,
-        cell.heads,
-        cell.heads_kv,
-        cell.seqlen_q,
-        cell.seqlen_k,
-        Options(cell.is_causal),
-    )
+class Cell(shapes.Cell):
+    """One row of a table."""
+
+    @property
+    def case(self) -> Case:
+        """As the numerics cases are."""
+        return Case(
+            self.dtype,
+            self.head_dim,
+            self.head_dim_v,
+            self.batch,
+            self.heads,
+            self.heads_kv,
+            self.seqlen_q,
+            self.seqlen_k,
+            Options(self.is_causal),
+        )
 
 
-def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
+def square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
     """16,384 tokens of self-attention."""
     count, _, count_kv = (heads or f"{2048 // head_dim}").partition("/")
     kv = int(count_kv or count)
@@ -76,12 +80,12 @@ def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None 
 
 
 CELLS = {
-    "grid": [_square(s, d, c) for d in (64, 128) for c in (False, True) for s in (512, 1024, 2048, 4096, 8192, 16384)],
+    "grid": [square(s, d, c) for d in (64, 128) for c in (False, True) for s in (512, 1024, 2048, 4096, 8192, 16384)],
     "breadth": [
-        *(_square(s, d, c) for d in (80, 96, 192, 256) for s in (1024, 4096) for c in (False, True)),
-        *(_square(s, 128, True, heads=heads) for heads in ("32/8", "28/4") for s in (2048, 8192)),
-        _square(4096, 192, True, 128),
-        _square(4096, 128, False, 64),
+        *(square(s, d, c) for d in (80, 96, 192, 256) for s in (1024, 4096) for c in (False, True)),
+        *(square(s, 128, True, heads=heads) for heads in ("32/8", "28/4") for s in (2048, 8192)),
+        square(4096, 192, True, 128),
+        square(4096, 128, False, 64),
     ],
     "latency": [
         *(
@@ -102,7 +106,7 @@ CELLS = {
 }
 UNITS = {"grid": "TFLOP/s", "breadth": "TFLOP/s", "latency": "µs", "decode": "µs"}
 
-Run = Callable[[Tensor, Tensor, Tensor], Any]
+Run = Callable[..., Any]  # of query, key, value, or of what a caller of ``bench_ms`` gives instead
 
 
 def contenders() -> dict[str, Call]:
@@ -140,7 +144,7 @@ def measure(cell: Cell, group: str, calls: dict[str, Call], only_prepare: bool =
     size = 2 * (cell.batch * cell.heads * cell.seqlen_q + cell.batch * cell.heads_kv * cell.seqlen_k)
     size *= cell.head_dim + cell.head_dim_v
     num_sets = min(max(math.ceil(2 * L2_BYTES / size), 2), CALLS) if is_graph and not only_prepare else 1
-    sets = [inputs(case_of(cell))[:3] for _ in range(num_sets)]
+    sets = [inputs(cell.case)[:3] for _ in range(num_sets)]
     expected = calls["ours"](*sets[0], cell.is_causal) if "ours" in calls else None
     refused = {name: why for name, call in calls.items() if (why := refusal(call, sets[0], cell.is_causal, expected))}
     if "ours" in refused:
@@ -235,8 +239,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     names = [name for name in ("ours", *PEERS) if name in rows[0]]
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
-        lines += ["", f"{group} ({UNITS[group]})".ljust(34) + "".join(n.rjust(9) for n in names) + "  /cudnn   /best"]
-        for row in (row for row in rows if row["group"] == group):
+        chosen = [row for row in rows if row["group"] == group]
+        title = f"{group} ({chosen[0]['unit']})"
+        lines += ["", title.ljust(34) + "".join(n.rjust(9) for n in names) + "  /cudnn   /best"]
+        for row in chosen:
             figures = "".join(f"{row[n]:9.1f}" if row[n] else "        -" for n in names)
             ratios = "".join(f"{row[n]:8.2f}" if row[n] else "       -" for n in ("ratio_cudnn", "ratio"))
             lines.append(row["cell"].ljust(34) + figures + ratios)
@@ -268,7 +274,7 @@ def main() -> None:
     ]
     if args.list_keys:
         cases = [random_case(args.seed, index, kinds) for index in range(args.cases)]
-        return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(case_of(cell) for _, cell in cells)])))
+        return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(cell.case for _, cell in cells)])))
     about: dict[str, Any] = {"numerics": None}
     if args.cases:
         about["numerics"] = gate(args.cases, args.seed, kinds)

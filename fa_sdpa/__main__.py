@@ -1,4 +1,4 @@
-"""python -m fa_sdpa run | explain | doctor | warm | bench: argument parsing only."""
+"""python -m fa_sdpa run | explain | doctor | warm | bench | qualify: argument parsing only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .meta.spec import AttentionSpec
 from .meta.target import Target
 from .policy import Policy, decide
 from .progress import Progress
+from .qualify import command as qualify
 from .run import run
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     _add_warm(commands)
     bench.add_parser(commands)
+    qualify.add_parser(commands)
 
     args = parser.parse_args(argv)
     try:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, _torch_private, kernels, router
+from . import __version__, _torch_private, kernels, router, tables
 from .kernels import compile as compiling
+from .kernels import quarantine
 from .kernels.cache import open_cache
 from .meta.spec import AttentionSpec
 from .meta.target import Target, missing_on_host
@@ -54,6 +55,7 @@ def diagnose() -> dict[str, Any]:
         "missing": [str(reason) for reason in missing_on_host()],
         "kernels": tables,
         "cache": _attempt(_cache),
+        "policy": {name: _attempt(partial(_policy, torch.device(name))) for name in devices if name != "cpu"},
         "conflicts": _attempt(_conflicts),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
@@ -63,6 +65,18 @@ def _conflicts() -> list[str]:
     """What keeps routing from working as it should on this torch and in this process."""
     moved = [f"torch {torch.__version__} lacks {part}: routing can't be enabled" for part in _torch_private.missing()]
     return [*moved, *map(str, router.conflicts())]
+
+
+def _policy(device: torch.device) -> list[str]:
+    """Which crossover tables speak for a device, which do not, and which kernels are in quarantine."""
+    target = Target.of(device)
+    found, refused = tables.of(target)
+    held = quarantine.known(target.name)
+    return [
+        *(f"table: {len(table.rules)} rules, {table.source}" for table in found),
+        *map(str, refused),
+        *(f"in quarantine: {name}: {why}" for name, why in held.items()),
+    ]
 
 
 def _cache() -> list[str]:
@@ -110,6 +124,7 @@ def render(report: dict[str, Any]) -> str:
     sections = {
         "to compile and launch GPU kernels, this host lacks": report["missing"],
         "compiled kernels": report["cache"],
+        **{f"policy on {name}": entries for name, entries in report["policy"].items()},
         "conflicts": report["conflicts"],
         "environment variables": [f"{name}={value}" for name, value in report["variables"].items()],
     }

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 import torch
 
-from . import kernels
+from . import kernels, tables
+from .kernels import quarantine
 from .kernels.jit import Jit
-from .meta.crossover import Crossover, Direction, shipped
+from .meta.crossover import Crossover, Direction, Rule, rows_of
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 
@@ -50,14 +51,13 @@ class Policy:
         """A Policy from itself or from the name of a mode."""
         return policy if isinstance(policy, Policy) else cls(policy)  # type: ignore[arg-type]
 
-    def table(self, target: Target) -> Crossover | None:
-        """The crossover table for a device, None where nobody has measured."""
-        arch = 0 if target.device_type == "cpu" else target.arch
-        if arch is None:
-            return None
-        if self.crossover is not None and self.crossover.arch == arch:
-            return self.crossover
-        return shipped(arch)
+    def tables(self, target: Target) -> tuple[tuple[Crossover, ...], tuple[Reason, ...]]:
+        """The crossover tables for a device, first to last, none where nobody has measured; and why others are not
+        used."""
+        own = self.crossover
+        if own is not None and own.arch == (0 if target.device_type == "cpu" else target.arch):
+            return (own,), ()
+        return tables.of(target)
 
 
 AUTO = Policy()
@@ -72,32 +72,92 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO) -> Decisi
     if policy.mode == "never":
         return Decision("native", (Reason("policy_never", "the policy is 'never'"),))
     refusals = kernels.unsupported(spec, target)
+    if not refusals:
+        refusals = quarantine.refusals(spec, target)
     if policy.mode == "always":
         return Decision("native", refusals) if refusals else Decision("fa4", (_ALWAYS,))
     if refusals and isinstance(spec.seqlen_q, torch.SymInt):
         return Decision("native", refusals)  # refused whatever its length: don't make the graph depend on that
-    faster, reason = _crossover(spec, target, policy)
+    faster, reasons = _crossover(spec, target, policy)
     if refusals or not faster:
-        return Decision("native", refusals if faster else (*refusals, reason))
-    return Decision("fa4", (reason,))
+        return Decision("native", refusals if faster else (*refusals, *reasons))
+    return Decision("fa4", reasons)
 
 
 _ALWAYS = Reason("policy_always", "the policy is 'always' and a kernel runs this call")
 
 
-def _crossover(spec: AttentionSpec, target: Target, policy: Policy) -> tuple[bool, Reason]:
-    """Whether fa4 was measured faster, and the reason to give."""
+def _crossover(spec: AttentionSpec, target: Target, policy: Policy) -> tuple[bool, tuple[Reason, ...]]:
+    """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
-    table = policy.table(target)
-    rule = table and table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal)
-    if not rule:
-        dims = f"head_dim {spec.head_dim}"
-        if spec.head_dim_v != spec.head_dim:
-            dims += f", head_dim_v {spec.head_dim_v}"
-        what = f"{direction}, {dims}, is_causal={spec.is_causal} on {target.name or target.device_type}"
-        return False, Reason("not_measured", f"no measurement says that fa4 is faster: {what}")
-    threshold = rule.threshold(spec.batch)
+    grouped = bool(spec.num_heads != spec.num_heads_kv)
+    found, refused = policy.tables(target)
+    for table in found:
+        rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, grouped)
+        if rule is None:
+            continue
+        if rule.fa4 is None:
+            faster, reason = _by_length(spec, rule.threshold(spec.batch))
+        elif any(isinstance(size, torch.SymInt) for size in spec[1:6]):
+            faster, reason = _symbolic(spec, rule, target.num_sms or table.num_sms)
+        else:
+            faster, reason = _predicted(spec, rule, target.num_sms or table.num_sms)
+        return faster, (reason,) if faster else (reason, *refused)
+    return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
+
+
+def _by_length(spec: AttentionSpec, threshold: int) -> tuple[bool, Reason]:
     for name, seqlen in (("seqlen_q", spec.seqlen_q), ("seqlen_k", spec.seqlen_k)):
         if seqlen < threshold:
             return False, Reason("below_crossover", f"{name} {seqlen} is below {threshold}, from where fa4 is faster")
     return True, Reason("above_crossover", f"both seqlens reach {threshold}, from where fa4 is faster")
+
+
+def _symbolic(spec: AttentionSpec, rule: Rule, num_sms: int) -> tuple[bool, Reason]:
+    """For a graph with symbolic sizes: a length from which on fa4 is faster with as many sequences, and more."""
+    sizes = {name: getattr(spec, name) for name in ("batch", "num_heads", "num_heads_kv")}
+    for name, size in sizes.items():
+        if isinstance(size, torch.SymInt):
+            sizes[name] = _power_of_two_below(size)
+    threshold = rule.shortest(spec._replace(**sizes), num_sms)
+    if threshold is None:
+        return False, Reason("below_crossover", "fa4 is not predicted to be faster at every length from one on")
+    return _by_length(spec, threshold)
+
+
+def _power_of_two_below(size: torch.SymInt) -> int:
+    """The largest that ``size`` reaches; that alone becomes a guard."""
+    hint = size.node.hint
+    power = 1 << (max(int(hint), 1).bit_length() - 1) if hint is not None else 2
+    return power if size >= power else 1
+
+
+def _predicted(spec: AttentionSpec, rule: Rule, num_sms: int) -> tuple[bool, Reason]:
+    asked = (spec.seqlen_q, spec.seqlen_k, rows_of(spec))
+    for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
+        if size < least:
+            return False, Reason("below_crossover", f"{name} {size} is below {least}, the least that was measured")
+    times = rule.predict(spec, num_sms)
+    assert times is not None, "a rule with a model"
+    text = (
+        f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
+        f"{rule.margin:.2f}; in eager mode {times.ratio_eager:.2f}×"
+    )
+    nearest = ", ".join(map(str, rule.nearest(spec)))
+    faster = rule.takes(times)
+    return faster, Reason("above_crossover" if faster else "below_crossover", f"{text}; measured: {nearest}")
+
+
+def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_table: bool) -> Reason:
+    where = target.name or target.device_type
+    if not has_table and target.device_type == "cuda" and kernels.family_of(target):
+        return Reason(
+            "not_qualified",
+            f"nobody has measured {where} (sm_{target.arch}): calls are left to torch until "
+            "`python -m fa_sdpa qualify` has passed there",
+        )
+    dims = f"head_dim {spec.head_dim}"
+    if spec.head_dim_v != spec.head_dim:
+        dims += f", head_dim_v {spec.head_dim_v}"
+    what = f"{direction}, {dims}, is_causal={spec.is_causal} on {where}"
+    return Reason("not_measured", f"no measurement says that fa4 is faster: {what}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 
+from . import tables
 from ._torch_private import constant_while_tracing
 from .meta.crossover import Crossover
 from .policy import Policy
@@ -59,6 +60,8 @@ def jit_from_environment() -> str | None:
 @constant_while_tracing  # takes a policy apart, because Dynamo can pass its fields as constants, but not the policy
 def _token(mode: str, crossover: Crossover | None, jit: str | None) -> str:
     policy = Policy(mode, crossover, jit)  # type: ignore[arg-type]
+    if crossover is None:
+        tables.named()  # what FA_SDPA_POLICY names must be one
     token = repr(policy)
     _policies[token] = policy
     return token

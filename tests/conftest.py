@@ -7,6 +7,8 @@ import fa_sdpa
 
 os.environ["FA_SDPA_CACHE_LIMIT_MB"] = "0"  # tests neither find what was compiled before nor leave anything behind
 
+os.environ["FA_SDPA_CONFIG_DIR"] = os.devnull  # nor do they see what this machine's user has qualified
+
 
 @pytest.fixture(autouse=True)
 def torch_as_it_was():

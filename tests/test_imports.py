@@ -14,13 +14,14 @@ PACKAGE = Path(fa_sdpa.__file__).parent
 LAYERS = (
     {"meta"},
     {"kernels", "reference"},
-    {"_torch_private"},
+    {"_torch_private", "tables"},
     {"ops", "policy"},
     {"state", "counts", "record", "warm", "progress"},
     {"router"},
     {"switch"},
     {"run", "doctor"},
     {"bench"},
+    {"qualify"},
     {"__main__"},
 )
 COMPILERS = {"cutlass", "quack", "triton", "tvm_ffi"}

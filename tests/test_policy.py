@@ -54,8 +54,9 @@ def test_a_refusal_carries_every_reason():
 
 @pytest.mark.parametrize("name", ["seqlen_q", "seqlen_k"])
 def test_both_seqlens_must_reach_the_threshold(name):
-    assert decide(LLAMA._replace(**{name: 2048}), H100).routed
-    decision = decide(LLAMA._replace(**{name: 2047}), H100)
+    policy = Policy("auto", Crossover(90, "made up", (Rule("forward", (128, 128), True, ((1, 2048),)),)))
+    assert decide(LLAMA._replace(**{name: 2048}), H100, policy).routed
+    decision = decide(LLAMA._replace(**{name: 2047}), H100, policy)
     assert codes(decision) == ["below_crossover"]
     assert f"{name} 2047 is below 2048" in decision.reasons[0].text
 
@@ -131,7 +132,7 @@ def test_shipped_tables_load_and_say_where_they_come_from():
 
 
 GOOD = {
-    "schema": 1,
+    "schema": 2,
     "arch": 90,
     "provenance": {"source": "made up"},
     "rules": [{"direction": "forward", "head_dim": [1, 64], "is_causal": False, "min_seqlen": [[1, 100], [8, 50]]}],
@@ -148,7 +149,7 @@ def test_load(tmp_path):
     ("table", "message"),
     [
         ("{", "JSONDecodeError"),
-        (GOOD | {"schema": 2}, "schema 2, this version reads 1"),
+        (GOOD | {"schema": 1}, "schema 1, this version reads 2"),
         ({k: v for k, v in GOOD.items() if k != "arch"}, "arch"),
         (GOOD | {"rules": [GOOD["rules"][0] | {"direction": "sideways"}]}, "sideways"),
         (GOOD | {"rules": [GOOD["rules"][0] | {"min_seqlen": []}]}, "bad rule"),

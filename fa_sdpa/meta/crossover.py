@@ -1,42 +1,193 @@
-"""Crossover tables: from which size on fa4 was measured faster than torch's own choice, by arch.
+"""Crossover tables: where fa4 is faster than torch's own choice, by arch.
 
-A table is a JSON file in this package's ``tables/`` folder, or one of the user's::
+A table is a JSON file in this package's ``tables/`` folder, or one of the user's, which ``qualify`` writes::
 
-    {"schema": 1, "arch": 90, "provenance": {"source": …, "device": …, "torch": …, "date": …},
-     "rules": [{"direction": "forward", "head_dim": [1, 64], "is_causal": true, "min_seqlen": [[1, 2048], [8, 4096]]}]}
+    {"schema": 2, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
+     "provenance": {"source": …, "date": …},
+     "rules": [
+       {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
+        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "waves": "even"},
+        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "waves": "last"},
+        "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
+       {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
-A rule speaks for the calls whose head_dim and head_dim_v both lie in its closed range. ``min_seqlen`` lists
-(batch, seqlen) pairs in rising order of batch: the last one whose batch the call reaches gives the length from which
-both of the call's sequences must be on. Thresholds say what is faster; what can run at all is the kernels' business.
+A rule speaks for the calls of its direction, head dims (closed ranges; head_dim_v as head_dim where it is not given),
+causality and grouping (whether several query heads share one of key/value; null: either). The first one that fits a
+call decides, by a model of time or by thresholds:
+
+- **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head; ``waves`` are tiles over
+  SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or "last" (likewise, and in a causal call the
+  longest tiles run last). On the device a call takes launch_us + waves · tile_us + flops / tflops, where the flops are
+  those of whole tiles, and a causal call takes at least as long as its longest tile. In eager mode it takes that or
+  host_us, whichever is longer. fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no
+  slower in eager mode. ``error`` is the standard deviation of measured over predicted ratios, ``least`` what was
+  measured least of lengths of query and of key and of query rows (batch · heads · length), below which nothing is
+  predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the
+  device of fa4 and of torch.
+- **min_seqlen**: (batch, seqlen) pairs in rising order of batch; the last one whose batch the call reaches gives the
+  length from which both of the call's sequences must be on.
+
+What can run at all is the kernels' business.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-SCHEMA = 1
+from .spec import AttentionSpec
+
+SCHEMA = 2
 Direction = Literal["forward", "training"]
+ROWS = (64, 128, 192)  # of a tile, that are tried
+Waves = Literal["even", "whole", "last"]
+FORWARDS = {"forward": 1.0, "training": 3.5}  # flops, in those of a forward
+LONGEST = 1 << 17  # no threshold is looked for beyond
+
+
+class Curve(NamedTuple):
+    """One side's time, see above."""
+
+    host_us: float
+    launch_us: float
+    tile_us: float
+    tflops: float
+    rows: int = 128
+    waves: Waves = "even"
+
+    def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
+        """What a call takes on the device."""
+        waves, flops = work(spec, direction, num_sms, self.rows, self.waves)
+        return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6)
+
+
+class Prediction(NamedTuple):
+    """µs of one call."""
+
+    fa4_us: float
+    native_us: float
+    fa4_eager_us: float
+    native_eager_us: float
+
+    @property
+    def ratio(self) -> float:
+        """torch's time over fa4's, on the device: above 1 fa4 is faster."""
+        return self.native_us / self.fa4_us
+
+    @property
+    def ratio_eager(self) -> float:
+        return self.native_eager_us / self.fa4_eager_us
+
+
+class Measured(NamedTuple):
+    """One measured cell, in µs on the device."""
+
+    batch: int
+    heads: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    fa4_us: float
+    native_us: float
+
+    def __str__(self) -> str:
+        sizes = f"{self.seqlen_q}" if self.seqlen_q == self.seqlen_k else f"{self.seqlen_q}x{self.seqlen_k}"
+        return f"b{self.batch} h{self.heads} {sizes} {self.native_us / self.fa4_us:.2f}×"
 
 
 class Rule(NamedTuple):
-    """Thresholds for one direction, range of head dims and causality."""
+    """What decides the calls of one direction, range of head dims and causality: thresholds, or a model of time."""
 
     direction: Direction
     head_dim: tuple[int, int]
     is_causal: bool
-    min_seqlen: tuple[tuple[int, int], ...]  # (batch, seqlen), batches rising
+    min_seqlen: tuple[tuple[int, int], ...] = ()  # (batch, seqlen), batches rising
+    head_dim_v: tuple[int, int] | None = None  # None: as head_dim
+    grouped: bool | None = None
+    fa4: Curve | None = None
+    native: Curve | None = None
+    error: float = 0.0
+    margin: float = 0.0
+    least: tuple[int, int, int] = (1, 1, 1)  # seqlen_q, seqlen_k, batch · heads · seqlen_q
+    measured: tuple[Measured, ...] = ()
+
+    def covers(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool) -> bool:
+        low, high = self.head_dim
+        low_v, high_v = self.head_dim_v or self.head_dim
+        return (
+            self.direction == direction
+            and self.is_causal == is_causal
+            and low <= head_dim <= high
+            and low_v <= head_dim_v <= high_v
+            and self.grouped in (None, grouped)
+        )
+
+    def predict(self, spec: AttentionSpec, num_sms: int) -> Prediction | None:
+        """The times of a call whose sizes are known; None for a rule of thresholds."""
+        if self.fa4 is None or self.native is None:
+            return None
+        fa4 = self.fa4.device_us(spec, self.direction, num_sms)
+        native = self.native.device_us(spec, self.direction, num_sms)
+        return Prediction(fa4, native, max(fa4, self.fa4.host_us), max(native, self.native.host_us))
+
+    def takes(self, prediction: Prediction) -> bool:
+        """Whether fa4 is to run a call with these times."""
+        return prediction.ratio >= 1.0 + self.margin and prediction.ratio_eager >= 1.0
 
     def threshold(self, batch: int) -> int:
-        """The shortest sequence that is routed at this batch size."""
+        """The shortest sequence that a rule of thresholds routes at this batch size."""
         seqlen = self.min_seqlen[0][1]
         for at_least, length in self.min_seqlen[1:]:
             if batch >= at_least:
                 seqlen = length
         return seqlen
+
+    def shortest(self, spec: AttentionSpec, num_sms: int) -> int | None:
+        """The length from which on self-attention like ``spec`` is predicted to be faster at every length; None if
+        there is none."""
+        found, seqlen = None, LONGEST
+        while seqlen >= max(self.least[:2]) and spec.batch * spec.num_heads * seqlen >= self.least[2]:
+            prediction = self.predict(spec._replace(seqlen_q=seqlen, seqlen_k=seqlen), num_sms)
+            if prediction is None or not self.takes(prediction):
+                break
+            found, seqlen = seqlen, seqlen * 7 // 8 if seqlen > 256 else seqlen - 16
+        return found
+
+    def nearest(self, spec: AttentionSpec, count: int = 2) -> list[Measured]:
+        """The measured cells most like a call: by tiles and by keys."""
+
+        def distance(cell: Measured) -> float:
+            rows = cell.batch * cell.heads * cell.seqlen_q
+            return abs(math.log(rows / max(rows_of(spec), 1))) + abs(math.log(cell.seqlen_k / max(spec.seqlen_k, 1)))
+
+        return sorted(self.measured, key=distance)[:count]
+
+
+def rows_of(spec: AttentionSpec) -> int:
+    """Query rows of a call."""
+    return spec.batch * spec.num_heads * spec.seqlen_q
+
+
+def work(spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, kind: Waves) -> tuple[float, float]:
+    """(waves, flops) of a call as Curve's formula has them: the flops are what all SMs could make in the time that the
+    tiles take them, those that idle while the last tiles run included."""
+    tiles = spec.batch * spec.num_heads * -(-spec.seqlen_q // rows)
+    waves = max(tiles / num_sms, 1.0)
+    if kind != "even":
+        waves = math.ceil(waves)
+    full = waves
+    if spec.is_causal:
+        q, k = spec.seqlen_q, spec.seqlen_k
+        short = min(q, k)
+        mean = (short * (short + 1) / 2 + (q - short) * k) / (q * k)  # the share of the keys that a row sees
+        longest = short / k
+        full = (waves - 1) * mean + longest if kind == "last" else max(waves * mean, longest)
+    per_tile = 2 * rows * spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * FORWARDS[direction]
+    return waves, full * per_tile * num_sms
 
 
 class Crossover(NamedTuple):
@@ -45,12 +196,15 @@ class Crossover(NamedTuple):
     arch: int  # compute capability × 10; 0 is the CPU
     source: str  # one line: what measured it, and when
     rules: tuple[Rule, ...]
+    num_sms: int = 132  # of the device that was measured
+    device: str | None = None  # the only one that it speaks for; None: any of the arch
+    kernels: str | None = None  # digest of the kernels that it speaks for; None: any
 
-    def find(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool) -> Rule | None:
+    def find(
+        self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool = False
+    ) -> Rule | None:
         for rule in self.rules:
-            low, high = rule.head_dim
-            covers = low <= min(head_dim, head_dim_v) and max(head_dim, head_dim_v) <= high
-            if rule.direction == direction and rule.is_causal == is_causal and covers:
+            if rule.covers(direction, head_dim, head_dim_v, is_causal, grouped):
                 return rule
         return None
 
@@ -66,14 +220,66 @@ class Crossover(NamedTuple):
     def _from_json(cls, table: dict[str, Any]) -> Crossover:
         if table["schema"] != SCHEMA:
             raise ValueError(f"schema {table['schema']}, this version reads {SCHEMA}")
-        rules = []
-        for entry in table["rules"]:
-            low, high = entry["head_dim"]
-            steps = tuple((int(batch), int(seqlen)) for batch, seqlen in entry["min_seqlen"])
-            if entry["direction"] not in ("forward", "training") or not steps or list(steps) != sorted(steps):
-                raise ValueError(f"bad rule {entry}")
-            rules.append(Rule(entry["direction"], (int(low), int(high)), bool(entry["is_causal"]), steps))
-        return cls(int(table["arch"]), str(table["provenance"]["source"]), tuple(rules))
+        device, digest = table.get("device"), table.get("kernels")
+        return cls(
+            int(table["arch"]),
+            str(table["provenance"]["source"]),
+            tuple(_rule(entry) for entry in table["rules"]),
+            int(table.get("num_sms", 132)),
+            None if device is None else str(device),
+            None if digest is None else str(digest),
+        )
+
+
+def _rule(entry: dict[str, Any]) -> Rule:
+    """A rule from JSON; ValueError if it says nothing or contradicts itself."""
+    steps = tuple((int(batch), int(seqlen)) for batch, seqlen in entry.get("min_seqlen", ()))
+    curves = [_curve(**entry[side]) for side in ("fa4", "native") if side in entry]
+    thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
+    rates = all(curve.tflops > 0 and min(curve[:4]) >= 0 and curve.rows > 0 for curve in curves)
+    if entry["direction"] not in FORWARDS or bool(steps) == (len(curves) == 2) or not thresholds_rise or not rates:
+        raise ValueError(f"bad rule {dict(entry, measured=...)}")
+    low, high = entry["head_dim"]
+    v = entry.get("head_dim_v")
+    grouped = entry.get("grouped")
+    least_q, least_k, least_rows = entry.get("least", (1, 1, 1))
+    return Rule(
+        entry["direction"],
+        (int(low), int(high)),
+        bool(entry["is_causal"]),
+        steps,
+        None if v is None else (int(v[0]), int(v[1])),
+        None if grouped is None else bool(grouped),
+        curves[0] if curves else None,
+        curves[1] if curves else None,
+        error=float(entry.get("error", 0.0)),
+        margin=float(entry.get("margin", 0.0)),
+        least=(int(least_q), int(least_k), int(least_rows)),
+        measured=tuple(Measured(*map(int, cell[:5]), *map(float, cell[5:])) for cell in entry.get("measured", ())),
+    )
+
+
+def _curve(rows: int, waves: Waves, **figures: float) -> Curve:
+    if waves not in get_args(Waves):
+        raise ValueError(f"waves {waves!r}, not one of {', '.join(get_args(Waves))}")
+    return Curve(**{name: float(value) for name, value in figures.items()}, rows=int(rows), waves=waves)
+
+
+def to_json(table: Crossover, provenance: dict[str, Any]) -> str:
+    """The file that ``Crossover.load`` reads; ``provenance`` has ``source`` at least."""
+    about = {"schema": SCHEMA, "arch": table.arch, "device": table.device, "kernels": table.kernels}
+    head = json.dumps(about | {"num_sms": table.num_sms, "provenance": provenance}, indent=2, ensure_ascii=False)
+    lines = ",\n    ".join(json.dumps(_entry(rule)) for rule in table.rules)
+    return f'{head[:-2]},\n  "rules": [\n    {lines}\n  ]\n}}\n'
+
+
+def _entry(rule: Rule) -> dict[str, Any]:
+    entry: dict[str, Any] = {name: getattr(rule, name) for name in ("direction", "head_dim", "head_dim_v")}
+    entry |= {"is_causal": rule.is_causal, "grouped": rule.grouped}
+    if rule.fa4 is None or rule.native is None:
+        return entry | {"min_seqlen": rule.min_seqlen}
+    entry |= {"fa4": rule.fa4._asdict(), "native": rule.native._asdict()}
+    return entry | {name: getattr(rule, name) for name in ("error", "margin", "least", "measured")}
 
 
 @functools.cache

@@ -1,0 +1,91 @@
+"""What is checked and timed, and what of it a crossover table is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..bench.cells import Cell, Direction
+from ..bench.contenders import NATIVE, OURS
+from ..bench.report import by_cell
+from ..meta.fit import Timed
+
+TIMED: tuple[Direction, ...] = ("forward", "both")  # a training step is what a call with gradients leads to
+SHOWN = Cell(2, 16, 16, 2048, 2048, 128, 128)  # the cell that reports show by itself
+
+# Functional checks, by name: every kind of call once, with its gradients where the name says so.
+CHECKS: dict[str, tuple[Cell, Direction]] = {
+    "basic": (Cell(2, 4, 4, 256, 256, 128, 128), "forward"),
+    "basic, fp16": (Cell(2, 4, 4, 256, 256, 64, 64, dtype="fp16"), "forward"),
+    "forward and backward": (Cell(2, 4, 4, 256, 256, 128, 128), "both"),
+    "causal": (Cell(2, 4, 4, 384, 384, 128, 128, True), "both"),
+    "causal, head dim 64": (Cell(2, 4, 4, 384, 384, 64, 64, True), "both"),
+    "GQA": (Cell(2, 8, 2, 256, 256, 128, 128, True), "both"),
+    "ragged": (Cell(3, 3, 3, 197, 333, 128, 128), "both"),
+    "ragged, causal": (Cell(1, 3, 1, 1285, 1285, 64, 64, True), "both"),
+    "one query": (Cell(4, 8, 2, 1, 1000, 128, 128), "forward"),
+}
+CPU_CHECKS = {
+    name: (cell._replace(seqlen_q=min(cell.seqlen_q, 40), seqlen_k=min(cell.seqlen_k, 40), dtype="fp32"), direction)
+    for name, (cell, direction) in CHECKS.items()
+}
+
+QUICK_SIZES = ((1, 512), (1, 2048), (1, 8192), (4, 512), (8, 1024), (32, 512), (4, 4096), (64, 128))  # batch, seqlen
+FULL_SIZES = (
+    *((1, s) for s in (128, 256, 512, 1024, 2048, 4096, 16384)),
+    *((4, s) for s in (128, 512, 1024, 4096)),
+    *((16, s) for s in (64, 256, 1024, 2048)),
+    *((64, s) for s in (64, 128, 512)),
+)
+GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048), (16, 1024), (32, 256), (2, 4096))
+FEW_HEADS = ((1, 512), (1, 2048), (2, 8192), (8, 1024))
+
+
+def cells(quick: bool) -> list[Cell]:
+    """The grid: head dims, masks, grouping, few and many heads, batches and lengths; SHOWN first."""
+    found = [SHOWN, SHOWN._replace(is_causal=True)]
+    for head_dim in (64, 128) if quick else (64, 128, 80, 96, 192, 256):
+        for is_causal in (False, True):
+            heads = 2048 // head_dim
+            sizes = QUICK_SIZES if quick else FULL_SIZES
+            found += [_square(b, heads, heads, s, head_dim, is_causal) for b, s in sizes]
+            if not quick:
+                found += [_square(b, 8, 8, s, head_dim, is_causal) for b, s in FEW_HEADS]
+            if head_dim in (64, 128):
+                grouped = GROUPED_SIZES[:4] if quick else GROUPED_SIZES
+                found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in grouped]
+                if not quick:
+                    found += [_square(b, 28, 4, s, head_dim, is_causal) for b, s in GROUPED_SIZES[:4]]
+            if not quick:
+                found.append(Cell(4, heads, heads, 512, 4096, head_dim, head_dim, is_causal))
+    if not quick:
+        found += [
+            cell._replace(head_dim_v=128)
+            for is_causal in (False, True)
+            for cell in (_square(b, 16, 16, s, 192, is_causal) for b, s in FULL_SIZES)
+        ]
+    return list(dict.fromkeys(found))
+
+
+CPU_CELLS = tuple(Cell(b, 2, 2, s, s, 16, 16, c, "fp32") for c in (False, True) for b, s in ((1, 16), (1, 64), (2, 32)))
+
+
+def _square(batch: int, heads: int, heads_kv: int, seqlen: int, head_dim: int, is_causal: bool) -> Cell:
+    return Cell(batch, heads, heads_kv, seqlen, seqlen, head_dim, head_dim, is_causal)
+
+
+def timed(rows: Sequence[dict[str, Any]] | Iterable[dict[str, Any]]) -> list[Timed]:
+    """The cells that were timed on a device on both sides, from rows of bench.measure."""
+    found = []
+    for backends in by_cell(list(rows)).values():
+        ours, native = backends.get(OURS), backends.get(NATIVE)
+        if not ours or not native:
+            continue
+        times = [row["gpu_ms"] or row["graph_ms"] for row in (ours, native)]
+        hosts = [row["host_us"] for row in (ours, native)]
+        if all(times) and all(hosts):
+            cell = Cell(*(ours[name] for name in Cell._fields))
+            direction: Direction = ours["direction"]
+            kind: Any = "forward" if direction == "forward" else "training"
+            found.append(Timed(kind, cell.spec(direction), 1e3 * times[0], 1e3 * times[1], *hosts))
+    return found
