@@ -1,0 +1,121 @@
+"""Keeps the policy's promise to account: random calls, drawn fresh, under policy "auto" beside torch alone.
+
+    python benchmarks/policy_promise.py --calls 400 --out benchmarks/results/policy_promise_h100.json
+
+Batch 1 to 64, 4 to 64 heads, lengths 16 to 16k log-uniform, head dims, masks, grouped heads, forward and training step;
+calls too large for MOST_BYTES or MOST_FLOPS are drawn again. Timed by the protocol of `python -m fa_sdpa bench`. Of the
+calls that were routed, at least 99 of 100 are to take at most 1.03 times torch's time, in eager mode and in a CUDA
+graph; the exit status is 1 if they do not. What calls that are left to torch take is reported beside them: they pay for
+the decision alone. ``--list-keys`` prints the kernels that a bundle must hold where there is no compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import time
+from typing import Any
+
+import torch
+from provenance import save  # first: it makes this checkout importable
+
+from fa_sdpa import Policy, enable
+from fa_sdpa.bench.cells import Cell, Direction
+from fa_sdpa.bench.contenders import NATIVE, OURS, Contender, contender, sdpa
+from fa_sdpa.bench.measure import Row, measure
+from fa_sdpa.kernels import launch
+from fa_sdpa.meta.target import Target
+from fa_sdpa.policy import decide
+
+H100 = Target("cuda", 90, "NVIDIA H100 80GB HBM3", 132, 232448)
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+GROUPS = (1, 1, 1, 4, 7, 8)
+MOST_BYTES, MOST_FLOPS = 4 << 30, 10e12
+ROUNDS = 4
+LIMIT, SHARE = 1.03, 0.99
+
+
+def draw(rng: random.Random, head_dims: list[int]) -> tuple[Cell, Direction]:
+    """One random call."""
+    while True:
+        seqlen, group, head_dim = round(2 ** rng.uniform(4, 14)), rng.choice(GROUPS), rng.choice(head_dims)
+        heads = max(rng.randint(4, 64) // group, 1) * group
+        batch = rng.choice((1, rng.randint(1, 64)))
+        cell = Cell(batch, heads, heads // group, seqlen, seqlen, head_dim, head_dim, rng.random() < 0.5)
+        direction: Direction = rng.choice(("forward", "both"))
+        if cell.bytes_of("both") <= MOST_BYTES and cell.flops_of(direction) <= MOST_FLOPS:
+            return cell, direction
+
+
+def auto() -> Contender:
+    """As a program runs with fa_sdpa on."""
+    return Contender(OURS, sdpa, lambda: enable(Policy("auto", jit="block")))
+
+
+def outcome(cell: Cell, direction: Direction, routed: bool, rows: list[Row]) -> dict[str, Any]:
+    """Times of both sides, and ours over torch's by mode; None where one was not measured."""
+    ours, native = ({row["backend"]: row for row in rows}[name] for name in (OURS, NATIVE))
+    found: dict[str, Any] = {"cell": str(cell), **cell._asdict(), "direction": direction, "routed": routed}
+    for column in ("gpu_ms", "eager_ms", "graph_ms"):
+        found |= {f"ours_{column}": ours[column], f"torch_{column}": native[column]}
+    for mode in ("eager", "graph"):
+        times = ours[f"{mode}_ms"], native[f"{mode}_ms"]
+        found[mode] = round(times[0] / times[1], 4) if all(times) else None
+    return found | ({"reason": ours["reason"] or native["reason"]} if ours["reason"] or native["reason"] else {})
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """By mode, and whether routed: how many calls took at most LIMIT times torch's time, speedup, the worst."""
+    about: dict[str, Any] = {}
+    for mode in ("eager", "graph"):
+        for routed, name in ((True, "routed"), (False, "left to torch")):
+            found = sorted((r for r in results if r["routed"] is routed and r[mode]), key=lambda r: -r[mode])
+            if found:
+                about[f"{mode}, {name}"] = {
+                    "calls": len(found),
+                    "within_limit": round(sum(r[mode] <= LIMIT for r in found) / len(found), 4),
+                    "geomean_speedup": round(1 / statistics.geometric_mean(r[mode] for r in found), 4),
+                    "worst": [f"{r['direction']} {r['cell']}: {r[mode]:.2f}" for r in found[:5]],
+                }
+    return about
+
+
+def kept(about: dict[str, Any]) -> bool:
+    """Whether the promise holds."""
+    return all(found["within_limit"] >= SHARE for name, found in about.items() if name.endswith(" routed"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=400)
+    parser.add_argument("--seed", type=int, help="default: of the day's time, so that the calls are fresh")
+    parser.add_argument("--head-dims", type=int, nargs="*", default=list(HEAD_DIMS))
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
+    args = parser.parse_args()
+    seed = int(time.time()) if args.seed is None else args.seed
+    rng = random.Random(seed)
+    calls = [draw(rng, args.head_dims) for _ in range(args.calls)]
+    if args.list_keys:
+        keys = {key.name for cell, way in calls for key in launch.keys(cell.spec(way), H100)}
+        return print("\n".join(sorted(keys)))
+    target, began, results = Target.of(torch.device("cuda")), time.monotonic(), []
+    for cell, direction in calls:
+        if time.monotonic() - began > args.seconds:
+            break
+        routed = decide(cell.spec(direction), target).routed
+        rows = measure(cell, direction, [auto(), contender(NATIVE)], "cuda", rounds=ROUNDS, profile=False)
+        results.append(outcome(cell, direction, routed, rows))
+    about = summary(results)
+    for name, found in about.items():
+        print(f"{name}: {found}")
+    if args.out:
+        save(args.out, results, seed=seed, limit=LIMIT, share=SHARE, summary=about, protocol=" ".join(__doc__.split()))
+    sys.exit(not kept(about))
+
+
+if __name__ == "__main__":
+    main()
