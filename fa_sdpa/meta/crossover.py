@@ -6,8 +6,10 @@ A table is a JSON file in this package's ``tables/`` folder, or one of the user'
      "provenance": {"source": …, "date": …},
      "rules": [
        {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
-        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "waves": "even"},
-        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "waves": "last"},
+        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "waves": "even",
+                   "backward": "by queries"},
+        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "waves": "last",
+                   "backward": "by queries"},
         "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
        {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
@@ -18,7 +20,8 @@ call decides, by a model of time or by thresholds:
 - **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head; ``waves`` are tiles over
   SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or "last" (likewise, and in a causal call the
   longest tiles run last). On the device a call takes launch_us + waves · tile_us + flops / tflops, where the flops are
-  those of whole tiles, and a causal call takes at least as long as its longest tile. In eager mode it takes that or
+  those of whole tiles, and a causal call takes at least as long as its longest tile. A ``backward`` that is cut "by
+  keys" has its flops in tiles of ``rows`` keys of a key/value head. In eager mode a call takes that or
   host_us, whichever is longer. fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no
   slower in eager mode. ``error`` is the standard deviation of measured over predicted ratios, ``least`` what was
   measured least of lengths of query and of key and of query rows (batch · heads · length), below which nothing is
@@ -45,6 +48,7 @@ SCHEMA = 2
 Direction = Literal["forward", "training"]
 ROWS = (64, 128, 192)  # of a tile, that are tried
 Waves = Literal["even", "whole", "last"]
+Backward = Literal["by queries", "by keys"]
 FORWARDS = {"forward": 1.0, "training": 3.5}  # flops, in those of a forward
 LONGEST = 1 << 17  # no threshold is looked for beyond
 
@@ -58,10 +62,11 @@ class Curve(NamedTuple):
     tflops: float
     rows: int = 128
     waves: Waves = "even"
+    backward: Backward = "by queries"
 
     def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
         """What a call takes on the device."""
-        waves, flops = work(spec, direction, num_sms, self.rows, self.waves)
+        waves, flops = work(spec, direction, num_sms, self.rows, self.waves, self.backward)
         return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6)
 
 
@@ -172,22 +177,34 @@ def rows_of(spec: AttentionSpec) -> int:
     return spec.batch * spec.num_heads * spec.seqlen_q
 
 
-def work(spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, kind: Waves) -> tuple[float, float]:
+def work(
+    spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, kind: Waves, backward: Backward
+) -> tuple[float, float]:
     """(waves, flops) of a call as Curve's formula has them: the flops are what all SMs could make in the time that the
     tiles take them, those that idle while the last tiles run included."""
-    tiles = spec.batch * spec.num_heads * -(-spec.seqlen_q // rows)
+    q, k, group = spec.seqlen_q, spec.seqlen_k, spec.num_heads / spec.num_heads_kv
+    short = min(q, k)
+    mean = (short * (short + 1) / 2 + (q - short) * k) / (q * k) if spec.is_causal else 1.0  # share of pairs that count
+    longest = short / k if spec.is_causal else 1.0  # of the keys, that the last row sees; of the rows, see key 0: all
+    per_pair = 2 * (spec.head_dim + spec.head_dim_v) * num_sms
+
+    waves = _waves(spec.batch * spec.num_heads * -(-q // rows), num_sms, kind)
+    in_queries = _busy(waves, mean, longest, kind) * rows * k * per_pair
+    if direction == "forward" or backward == "by queries":
+        return waves, in_queries * FORWARDS[direction]
+    of_keys = _waves(spec.batch * spec.num_heads_kv * -(-k // rows), num_sms, kind)
+    in_keys = _busy(of_keys, mean, 1.0, kind) * rows * q * group * per_pair
+    return waves, in_queries + (FORWARDS[direction] - 1.0) * in_keys
+
+
+def _waves(tiles: int, num_sms: int, kind: Waves) -> float:
     waves = max(tiles / num_sms, 1.0)
-    if kind != "even":
-        waves = math.ceil(waves)
-    full = waves
-    if spec.is_causal:
-        q, k = spec.seqlen_q, spec.seqlen_k
-        short = min(q, k)
-        mean = (short * (short + 1) / 2 + (q - short) * k) / (q * k)  # the share of the keys that a row sees
-        longest = short / k
-        full = (waves - 1) * mean + longest if kind == "last" else max(waves * mean, longest)
-    per_tile = 2 * rows * spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * FORWARDS[direction]
-    return waves, full * per_tile * num_sms
+    return waves if kind == "even" else math.ceil(waves)
+
+
+def _busy(waves: float, mean: float, longest: float, kind: Waves) -> float:
+    """How many full tiles' time an SM takes for its tiles, of which one has ``mean`` of a full one's work."""
+    return (waves - 1) * mean + longest if kind == "last" else max(waves * mean, longest)
 
 
 class Crossover(NamedTuple):
@@ -259,10 +276,12 @@ def _rule(entry: dict[str, Any]) -> Rule:
     )
 
 
-def _curve(rows: int, waves: Waves, **figures: float) -> Curve:
-    if waves not in get_args(Waves):
-        raise ValueError(f"waves {waves!r}, not one of {', '.join(get_args(Waves))}")
-    return Curve(**{name: float(value) for name, value in figures.items()}, rows=int(rows), waves=waves)
+def _curve(rows: int, waves: Waves, backward: Backward, **figures: float) -> Curve:
+    for name, value, known in (("waves", waves, get_args(Waves)), ("backward", backward, get_args(Backward))):
+        if value not in known:
+            raise ValueError(f"{name} {value!r}, not one of {', '.join(known)}")
+    known_figures = {name: float(value) for name, value in figures.items()}
+    return Curve(**known_figures, rows=int(rows), waves=waves, backward=backward)
 
 
 def to_json(table: Crossover, provenance: dict[str, Any]) -> str:

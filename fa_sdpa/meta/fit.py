@@ -10,11 +10,11 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from .crossover import ROWS, Crossover, Curve, Direction, Measured, Rule, Waves, rows_of, work
+from .crossover import ROWS, Backward, Crossover, Curve, Direction, Measured, Rule, Waves, rows_of, work
 from .spec import AttentionSpec
 
 MIN_CELLS = 4  # that a rule takes
-MIN_GROUPED = 8  # of either grouping, that a rule of its own takes
+TOGETHER = 1.25  # times the error of two rules, by grouping, that one for both may have
 FIGURES = 3  # that are fitted to them
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
 WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
@@ -33,8 +33,8 @@ class Timed(NamedTuple):
 
 
 def rules(cells: Iterable[Timed], num_sms: int) -> list[Rule]:
-    """A rule for each direction, pair of head dims, causality and, where both were measured, grouping; none for kinds
-    with fewer than MIN_CELLS cells."""
+    """A rule for each direction, pair of head dims and causality, for any grouping, or one for each where that is much
+    more exact; none for kinds with fewer than MIN_CELLS cells."""
     kinds: dict[tuple[Direction, int, int, bool], list[Timed]] = {}
     for cell in cells:
         spec = cell.spec
@@ -42,13 +42,16 @@ def rules(cells: Iterable[Timed], num_sms: int) -> list[Rule]:
     found = []
     for kind in sorted(kinds):
         of_kind = kinds[kind]
-        by_grouping = {
-            grouped: [cell for cell in of_kind if _grouped(cell.spec) is grouped] for grouped in (False, True)
-        }
-        if all(len(chosen) >= MIN_GROUPED for chosen in by_grouping.values()):
-            found += [rule(kind, grouped, chosen, num_sms) for grouped, chosen in by_grouping.items()]
-        elif len(of_kind) >= MIN_CELLS:
-            found.append(rule(kind, None, of_kind, num_sms))
+        if len(of_kind) < MIN_CELLS:
+            continue
+        together = rule(kind, None, of_kind, num_sms)
+        apart = []
+        for grouped in (False, True):
+            chosen = [cell for cell in of_kind if _grouped(cell.spec) is grouped]
+            if len(chosen) >= MIN_CELLS:
+                apart.append(rule(kind, grouped, chosen, num_sms))
+        of_both = math.fsum(one.error * len(one.measured) for one in apart) / len(of_kind)
+        found += apart if len(apart) == 2 and together.error > TOGETHER * of_both else [together]
     return found
 
 
@@ -101,8 +104,9 @@ def curve(
     targets = torch.tensor(device_us, dtype=torch.float64)
     best, least = None, math.inf
     kinds = get_args(Waves) if any(spec.is_causal for spec in specs) else ("even", "whole")  # "last" is "whole" there
-    for rows, kind in itertools.product(ROWS, kinds):
-        loads = [work(spec, direction, num_sms, rows, kind) for spec in specs]
+    backwards = get_args(Backward) if direction == "training" else ("by queries",)
+    for rows, kind, backward in itertools.product(ROWS, kinds, backwards):
+        loads = [work(spec, direction, num_sms, rows, kind, backward) for spec in specs]
         columns = torch.tensor([[1.0, waves, flops / 1e6] for waves, flops in loads], dtype=torch.float64)
         figures = _positive(columns / targets[:, None])
         if figures is None:
@@ -110,12 +114,12 @@ def curve(
         predicted = columns @ torch.tensor(figures, dtype=torch.float64)
         off = float((predicted / targets).log().square().sum())
         if off < least * (1 - 1e-6):  # what differs by rounding alone is a tie, and the first has it
-            best, least = (figures, rows, kind), off
+            best, least = (figures, rows, kind, backward), off
     if best is None:
         raise ValueError("times that do not grow with the math")
-    (launch, tile, per_flop), rows, kind = best
+    (launch, tile, per_flop), rows, kind, backward = best
     host = statistics.median(host_us)
-    return Curve(round(host, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1), rows, kind)
+    return Curve(round(host, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1), rows, kind, backward)
 
 
 def _positive(shares: torch.Tensor) -> list[float] | None:

@@ -52,7 +52,7 @@ def cells(quick: bool) -> list[Cell]:
             if not quick:
                 found += [_square(b, 8, 8, s, head_dim, is_causal) for b, s in FEW_HEADS]
             if head_dim in (64, 128):
-                grouped = GROUPED_SIZES[:4] if quick else GROUPED_SIZES
+                grouped = GROUPED_SIZES[:6] if quick else GROUPED_SIZES
                 found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in grouped]
                 if not quick:
                     found += [_square(b, 28, 4, s, head_dim, is_causal) for b, s in GROUPED_SIZES[:4]]
@@ -81,8 +81,8 @@ def timed(rows: Sequence[dict[str, Any]] | Iterable[dict[str, Any]]) -> list[Tim
         ours, native = backends.get(OURS), backends.get(NATIVE)
         if not ours or not native:
             continue
-        times = [row["gpu_ms"] or row["graph_ms"] for row in (ours, native)]
-        hosts = [row["host_us"] for row in (ours, native)]
+        times = [row.get("gpu_ms") or row.get("graph_ms") for row in (ours, native)]
+        hosts = [row.get("host_us") for row in (ours, native)]
         if all(times) and all(hosts):
             cell = Cell(*(ours[name] for name in Cell._fields))
             direction: Direction = ours["direction"]

@@ -24,7 +24,7 @@ def write(findings: Findings, out: Path, kept: list[Path]) -> list[Path]:
         pictures = plots.plot(findings.rows, out / "plots")
     text = markdown(findings, [path.relative_to(out) for path in pictures], kept)
     (out / "report.md").write_text(text)
-    (out / "report.json").write_text(json.dumps(content(findings), indent=1) + "\n")
+    (out / "report.json").write_text(as_json(content(findings)))
     return [out / "report.md", out / "report.json", *pictures]
 
 
@@ -43,6 +43,13 @@ def content(findings: Findings) -> dict[str, Any]:
         "notes": findings.notes,
         "results": findings.rows,
     }
+
+
+def as_json(report: dict[str, Any]) -> str:
+    """One line for each row, without what it has no value for."""
+    rows = ({name: value for name, value in row.items() if value not in (None, "")} for row in report["results"])
+    head = json.dumps({**report, "results": []}, indent=1)
+    return head.removesuffix("[]\n}") + "[\n  " + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n"
 
 
 def markdown(findings: Findings, pictures: list[Path], kept: list[Path]) -> str:
