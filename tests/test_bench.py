@@ -348,6 +348,9 @@ def test_plots(tmp_path):
 
 def test_what_is_plotted():
     rows = made_up_rows()
+    larger = made_up(Cell(64, 16, 16, 2048, 2048, 128, 128, True), "fa4", 1.0)
+    points = plots.series([larger, *rows])["d128 causal h16 bf16"]["fa4"]
+    assert points[-1] == (2048, larger["tflops"]) and len(points) == 3
     assert {name: len(points) for name, points in plots.series(rows)["d128 causal h16 bf16"].items()} == {
         "fa4": 3, "native": 3, "flash": 3,
     }  # fmt: skip

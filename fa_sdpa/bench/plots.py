@@ -39,9 +39,10 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def series(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Head dims, heads and mask → backend → (seqlen, TFLOP/s), where two lengths or more were timed."""
+    """Head dims, heads and mask → backend → (seqlen, TFLOP/s), where two lengths or more were timed; of the cells of one
+    length that of the largest batch."""
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["batch"]):
         if row["tflops"]:
             dims = f"d{row['head_dim']}" + f"/{row['head_dim_v']}" * (row["head_dim"] != row["head_dim_v"])
             kv = f"/{row['heads_kv']}" if row["heads"] != row["heads_kv"] else ""

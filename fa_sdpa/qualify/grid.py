@@ -82,10 +82,11 @@ def timed(rows: Sequence[dict[str, Any]] | Iterable[dict[str, Any]]) -> list[Tim
         if not ours or not native:
             continue
         times = [row.get("gpu_ms") or row.get("graph_ms") for row in (ours, native)]
-        hosts = [row.get("host_us") for row in (ours, native)]
-        if all(times) and all(hosts):
+        hosts: list[Any] = [row.get("host_us") for row in (ours, native)]
+        if all(times) and all(hosts):  # on a CPU there are none
+            fa4_us, native_us = (1e3 * ms for ms in times if ms)
             cell = Cell(*(ours[name] for name in Cell._fields))
             direction: Direction = ours["direction"]
             kind: Any = "forward" if direction == "forward" else "training"
-            found.append(Timed(kind, cell.spec(direction), 1e3 * times[0], 1e3 * times[1], *hosts))
+            found.append(Timed(kind, cell.spec(direction), fa4_us, native_us, float(hosts[0]), float(hosts[1])))
     return found
