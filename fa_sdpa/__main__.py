@@ -136,7 +136,7 @@ def _explain(args: argparse.Namespace) -> None:
     )
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = Target("cuda", args.arch) if args.arch else Target.of(here)
-    print(decide(spec, target, Policy.of(args.policy)))
+    print(decide(spec, target, Policy.of(args.policy), detail=True))
 
 
 def _doctor(args: argparse.Namespace) -> None:

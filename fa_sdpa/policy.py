@@ -63,11 +63,12 @@ class Policy:
 AUTO = Policy()
 
 
-def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO) -> Decision:
+def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail: bool = False) -> Decision:
     """Where a call goes: to fa4 or to torch ("native").
 
     Batch and sequence lengths are compared only with the steps of one crossover rule, so that a graph with symbolic
-    sizes is guarded by no more than that.
+    sizes is guarded by no more than that. With ``detail`` the reason of a prediction names the measured cells nearest
+    to the call, which takes longer than all the rest.
     """
     if policy.mode == "never":
         return Decision("native", (Reason("policy_never", "the policy is 'never'"),))
@@ -78,7 +79,7 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO) -> Decisi
         return Decision("native", refusals) if refusals else Decision("fa4", (_ALWAYS,))
     if refusals and isinstance(spec.seqlen_q, torch.SymInt):
         return Decision("native", refusals)  # refused whatever its length: don't make the graph depend on that
-    faster, reasons = _crossover(spec, target, policy)
+    faster, reasons = _crossover(spec, target, policy, detail)
     if refusals or not faster:
         return Decision("native", refusals if faster else (*refusals, *reasons))
     return Decision("fa4", reasons)
@@ -87,7 +88,7 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO) -> Decisi
 _ALWAYS = Reason("policy_always", "the policy is 'always' and a kernel runs this call")
 
 
-def _crossover(spec: AttentionSpec, target: Target, policy: Policy) -> tuple[bool, tuple[Reason, ...]]:
+def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool) -> tuple[bool, tuple[Reason, ...]]:
     """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
     grouped = bool(spec.num_heads != spec.num_heads_kv)
@@ -101,7 +102,7 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy) -> tuple[boo
         elif any(isinstance(size, torch.SymInt) for size in spec[1:6]):
             faster, reason = _symbolic(spec, rule, target.num_sms or table.num_sms)
         else:
-            faster, reason = _predicted(spec, rule, target.num_sms or table.num_sms)
+            faster, reason = _predicted(spec, rule, target.num_sms or table.num_sms, detail)
         return faster, (reason,) if faster else (reason, *refused)
     return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
 
@@ -132,7 +133,7 @@ def _power_of_two_below(size: torch.SymInt) -> int:
     return power if size >= power else 1
 
 
-def _predicted(spec: AttentionSpec, rule: Rule, num_sms: int) -> tuple[bool, Reason]:
+def _predicted(spec: AttentionSpec, rule: Rule, num_sms: int, detail: bool) -> tuple[bool, Reason]:
     asked = (spec.seqlen_q, spec.seqlen_k, rows_of(spec))
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
@@ -143,9 +144,10 @@ def _predicted(spec: AttentionSpec, rule: Rule, num_sms: int) -> tuple[bool, Rea
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
         f"{rule.margin:.2f}; in eager mode {times.ratio_eager:.2f}×"
     )
-    nearest = ", ".join(map(str, rule.nearest(spec)))
+    if detail:
+        text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
     faster = rule.takes(times)
-    return faster, Reason("above_crossover" if faster else "below_crossover", f"{text}; measured: {nearest}")
+    return faster, Reason("above_crossover" if faster else "below_crossover", text)
 
 
 def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_table: bool) -> Reason:

@@ -250,7 +250,7 @@ def decide_call(call: Call, *, in_graph: bool = False, act: bool = True) -> Deci
     if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
         return Decision("native", reasons)  # no spec can be made of it
     spec, target, policy = _spec(call), Target.of(call.device), policy_of(call.token)
-    decision = decide(spec, target, policy)
+    decision = decide(spec, target, policy, detail=not act)
     if reasons:
         return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
     if not decision.routed:

@@ -173,7 +173,8 @@ def model_policy(**changes):
 
 
 def test_a_decision_shows_prediction_margin_and_neighbours():
-    decision = decide(SPEC, H100, model_policy())
+    decision = decide(SPEC, H100, model_policy(), detail=True)
+    assert "measured" not in decide(SPEC, H100, model_policy()).reasons[0].text
     rule = model_policy().crossover.rules[0]
     times = rule.predict(SPEC, 132)
     assert decision.routed and codes(decision) == ["above_crossover"]

@@ -105,7 +105,7 @@ def kernels_of(run: Callable[[], Any]) -> str:
 
     torch.cuda.synchronize()
     try:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
             run()
             torch.cuda.synchronize()
         totals: dict[str, float] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -156,7 +157,8 @@ def prepare(
 ) -> tuple[Prepared | None, str]:
     """What to time, or None and why not: it refuses, or its result is wrong, or for the reason ``right`` nobody knows
     what is right."""
-    with contender.scope():
+    with contender.scope(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of every backend that does not take a call
         first = sets[0]
         why = contender.refuses(first.query, first.key, first.value, first.is_causal)
         if why:

@@ -39,8 +39,8 @@ def plot(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 
 def series(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Head dims, heads and mask → backend → (seqlen, TFLOP/s), where two lengths or more were timed; of the cells of one
-    length that of the largest batch."""
+    """Head dims, heads and mask → backend → (seqlen, TFLOP/s), where two lengths or more were timed; of the cells of
+    one length that of the largest batch."""
     panels: dict[str, dict[str, dict[int, float]]] = {}
     for row in sorted(rows, key=lambda row: row["batch"]):
         if row["tflops"]:
