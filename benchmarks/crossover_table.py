@@ -38,7 +38,7 @@ def cells(names: Iterable[str]) -> dict[Cell, tuple[float, float]]:
     for name in names:
         for row in json.loads((RESULTS / f"{name}.json").read_text())["results"]:
             alike = row["head_dim"] == row["head_dim_v"] and row["heads"] == row["heads_kv"]
-            if alike and row["seqlen"] * row["batch"] == 16384 and row.get("group", "grid") in ("grid", "large", "breadth"):
+            if alike and row["seqlen"] * row["batch"] == 16384 and row.get("unit", "TFLOP/s") == "TFLOP/s":
                 times[Cell(row["head_dim"], row["is_causal"], row["seqlen"])] = 1 / row["ours"], 1 / row["torch"]
     return times
 
