@@ -287,10 +287,14 @@ def plot(path: Path) -> Path:
     for i, mode in enumerate(modes):
         curves = {row["attention"]: row["losses"] for row in rows if row["mode"] == mode}
         axes = figure.add_subplot(grid[1, i])
+        furthest = 0.0
         for name in sorted(curves, key=lambda name: name == "fa_sdpa"):  # ours on top
             if name != "torch" and "torch" in curves:
-                differences = [a - b for a, b in zip(curves[name], curves["torch"], strict=True)]
-                axes.plot(smooth(differences), color=COLOURS[name], label=name, linewidth=1.2)
+                differences = smooth([a - b for a, b in zip(curves[name], curves["torch"], strict=True)])
+                axes.plot(differences, color=COLOURS[name], label=name, linewidth=1.2)
+                furthest = max(furthest, *map(abs, differences[len(differences) // 3 :]))
+        if furthest:
+            axes.set_ylim(-1.3 * furthest, 1.3 * furthest)
         axes.axhline(0.0, color="black", linewidth=0.8)
         axes.set(xlabel="step", ylabel="loss minus torch's, same batch", title=mode)
         axes.legend(fontsize="small")

@@ -143,12 +143,28 @@ def test_blocks_outside_the_window_are_not_visited():
     assert out[:, :, :1900].isnan().all() and out[:, :, 3100:].isnan().all()
 
 
-def test_gradcheck():
-    q, k, v = inputs((1, 2, 1, 5, 7, 3, 4), torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv, is_causal=True)[0], (q, k, v))
-    sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    options = {"is_causal": True, "bottom_right": True, "window_left": 3, "softcap": 1.5}
-    assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv[:3], sink=qkv[3], **options)[0], (q, k, v, sink))
+@pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "bottom_right": True, "scale": 0.3},
+        {"window_left": 2, "window_right": 1},
+        {"is_causal": True, "bottom_right": True, "window_left": 3, "softcap": 1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 5, 7, 3, 4), (2, 4, 2, 7, 4, 4, 3)], ids=str)
+def test_gradcheck(sizes, options, has_sink):
+    tensors = inputs(sizes, torch.float64, requires_grad=True)
+    if has_sink:
+        tensors = [*tensors, torch.randn(sizes[1], dtype=torch.float64, requires_grad=True)]
+
+    def call(q, k, v, sink=None):
+        return fwd(q, k, v, sink=sink, **options)[0]
+
+    assert torch.autograd.gradcheck(call, tuple(tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
