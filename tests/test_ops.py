@@ -143,6 +143,14 @@ def test_blocks_outside_the_window_are_not_visited():
     assert out[:, :, :1900].isnan().all() and out[:, :, 3100:].isnan().all()
 
 
+def test_gradients_of_expanded_inputs_are_dense_in_the_order_of_torchs_flash_backward():
+    q = torch.randn(2, 5, 4, 8).transpose(1, 2)
+    k, v = (x.detach().expand(2, 4, 7, 8).requires_grad_() for x in torch.randn(2, 2, 1, 7, 8))
+    out, _ = fwd(q, k, v)
+    dk, dv = torch.autograd.grad(out, (k, v), torch.ones_like(out))
+    assert dk.stride() == dv.stride() == (7 * 4 * 8, 8, 4 * 8, 1)
+
+
 @pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize(
     "options",
