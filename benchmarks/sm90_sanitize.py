@@ -290,9 +290,13 @@ def racecheck_control(timeout: int) -> str:
         return "there is no nvcc"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "control")
-        subprocess.run(["nvcc", "-arch=sm_90a", "-o", program, CONTROL], check=True, timeout=timeout)
-        command: list[str | Path] = ["compute-sanitizer", "--tool", "racecheck", program]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        build = ["nvcc", "-arch=sm_90a", "-o", str(program), str(CONTROL)]
+        command = ["compute-sanitizer", "--tool", "racecheck", str(program)]
+        try:
+            subprocess.run(build, check=True, capture_output=True, timeout=timeout)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.SubprocessError as error:
+            return f"the control did not run: {error}"
     summary = re.findall(r"RACECHECK SUMMARY: .*", done.stdout)
     right = "right results" if "right" in done.stdout else "wrong results"
     return f"a pipeline of bulk copies by the book: {right}, {summary[-1] if summary else done.stdout[-300:]}"
