@@ -24,6 +24,7 @@ from fa_sdpa.kernels.sm90 import config
 from fa_sdpa.meta.spec import AttentionSpec, Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import backward_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
 
@@ -452,9 +453,11 @@ def test_every_variant_compiles_without_spills(usage, key):
 
 
 def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
-    reached = keys_of(random_case(0, index, BREADTH) for index in range(3000))
+    forward = keys_of(random_case(0, index, BREADTH) for index in range(3000))
+    backward = backward_cases.keys_of(backward_cases.draw(0, index) for index in range(3000))
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
-    assert {sm90_sanitize.code_path(key) for key in reached} <= sanitized
+    missing = [key.name for key in (*forward, *backward) if sm90_sanitize.code_path(key) not in sanitized]
+    assert missing == []
 
 
 def test_bundle_serves_its_kernels(bundle, monkeypatch):
