@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,9 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -39,7 +36,8 @@ import backward_cases  # noqa: E402
 from forward_cases import PLAIN, inputs  # noqa: E402
 from provenance import save  # noqa: E402
 from sm90_forward import CELLS as FORWARD_CELLS  # noqa: E402
-from sm90_forward import PEERS, Cell, bench_ms, brief, ratio, square, summary, tables  # noqa: E402
+from sm90_forward import PEERS, Call, Cell, bench_ms, brief, ratio, square, summary, tables  # noqa: E402
+from sm90_forward import contenders as forward_contenders  # noqa: E402
 
 from fa_sdpa.kernels import launch  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
@@ -80,35 +78,19 @@ def by_autograd(call: Callable[..., Tensor]) -> Prepare:
 
 def contenders() -> dict[str, Prepare]:
     """Name → what prepares its backward, ours first; flash-attn-4 where it can be imported."""
+    calls = forward_contenders()
+    return {"ours": ours, **{name: by_autograd(quietly(calls[name])) for name in PEERS if name in calls}}
 
-    def sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        has_groups = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
 
-    def on_backend(choice: SDPBackend) -> Prepare:
-        def call(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-            with sdpa_kernel(choice), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # why a backend refuses, said for each of them
-                return sdpa(query, key, value, is_causal)
+def quietly(call: Call) -> Call:
+    """``call`` without the warnings by which a backend says why it refuses."""
 
-        return by_autograd(call)
+    def quiet(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return call(query, key, value, is_causal)
 
-    found: dict[str, Prepare] = {
-        "ours": ours,
-        "torch": by_autograd(sdpa),
-        "cudnn": on_backend(SDPBackend.CUDNN_ATTENTION),
-        "flash2": on_backend(SDPBackend.FLASH_ATTENTION),
-    }
-    try:
-        fa4 = importlib.import_module("flash_attn.cute.interface").flash_attn_func
-    except (ImportError, RuntimeError):  # RuntimeError: its compiler is only half there
-        return found
-
-    def call_fa4(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        out = fa4(*(x.transpose(1, 2) for x in (query, key, value)), causal=is_causal)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
-    return {**found, "fa4": by_autograd(call_fa4)}
+    return quiet
 
 
 def difference(grads: Grads, expected: Grads) -> str:
