@@ -165,7 +165,9 @@ def measure_steps(
                 "backward": lambda: backward(*inputs),
                 "op": lambda: op(q, k, v),
                 "decision": lambda: (
-                    same(q, k, v) and facts == router._facts(token, None, 0.0, False, {}) and private.undisturbed()  # as in sdpa
+                    same(q, k, v)
+                    and facts == router._facts(token, None, 0.0, False, {})
+                    and private.undisturbed()  # as in sdpa
                 ),
             },
             rounds,

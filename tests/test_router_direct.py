@@ -329,7 +329,10 @@ def metadata(x):
 
 
 @pytest.mark.parametrize("options", [Options(), Options(True, 0.5), Options(window_left=3, softcap=2.0)])
-@pytest.mark.parametrize(("heads", "heads_kv", "sq", "sk", "d", "dv"), [(4, 4, 9, 9, 64, 64), (6, 2, 1, 30, 64, 128)])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "sq", "sk", "d", "dv"),
+    [(4, 4, 9, 9, 64, 64), (6, 2, 1, 30, 64, 128), (6, 2, 1, 3000, 128, 128)],
+)
 def test_a_prepared_launch_is_that_of_the_op(options, heads, heads_kv, sq, sk, d, dv, launched):
     def make(n, s, size):
         return torch.randn(2, s, n, size, dtype=torch.bfloat16).transpose(1, 2)

@@ -47,7 +47,8 @@ class _Launch(NamedTuple):
 
     run: Kernel
     packs: bool  # the query heads of a key/value head are rows of one head
-    scalars: tuple[Any, ...]  # the kernel's arguments between its tensors and the sink
+    part: tuple[int, ...] | None  # shape of the fp32 results of parts of the keys, where these are split
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors, the sink but
 
 
 Run = Callable[..., tuple[Tensor, ...]]
@@ -87,8 +88,10 @@ def attention_fwd(
     launch = _launch_of(query, key, value, sink is not None, options)
     rows = _packed(query, out, lse, key.shape[1]) if launch.packs else (query, out, lse)
     query, out_rows, lse_rows = rows
-    query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    _run_on(query.get_device(), launch.run, (query, key, value, out_rows, lse_rows, *launch.scalars, sink))
+    part = None if launch.part is None else torch.empty(launch.part, dtype=torch.float32, device=query.device)
+    tensors = (_addressable(query), _addressable(key), _addressable(value), out_rows, lse_rows)
+    arguments = (*tensors, *launch.scalars, sink) if part is None else (*tensors, part, *launch.scalars)
+    _run_on(query.get_device(), launch.run, arguments)
     return out, lse
 
 
@@ -101,17 +104,25 @@ def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) ->
 
     if key.shape[2] == 0 or query.numel() == 0:
         return any_run
-    run, packs, scalars = _launch_of(query, key, value, False, options)
-    if packs or not (_addressable(query) is query and _addressable(key) is key and _addressable(value) is value):
+    run, packs, part, scalars = _launch_of(query, key, value, False, options)
+    out, lse = empty_out_lse(query, value)
+    heads_kv = key.shape[1]
+    given = (_packed(query, out, lse, heads_kv)[0] if packs else query, key, value)
+    if not all(_addressable(x) is x for x in given):
         return any_run
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
-    layout_out, layout_lse = map(_layout, empty_out_lse(query, value))
+    layout_out, layout_lse = _layout(out), _layout(lse)
+    layout_part = part and _layout(torch.empty(part, dtype=torch.float32, device="meta"))
 
     def fast_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != device:
             return any_run(query, key, value)
         out, lse = empty(*layout_out), empty(*layout_lse)
-        run(query, key, value, out, lse, *scalars, None)
+        rows = _packed(query, out, lse, heads_kv) if packs else (query, out, lse)
+        if layout_part:
+            run(rows[0], key, value, rows[1], rows[2], empty(*layout_part), *scalars)
+        else:
+            run(rows[0], key, value, rows[1], rows[2], *scalars, None)
         return out, lse
 
     return fast_run
@@ -126,9 +137,9 @@ def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, option
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
     flags = (left is not None, options.softcap > 0.0, has_sink)
-    num_sms = Target.of(query.device).num_sms
-    sizes = (query.shape[0], query.shape[1], key.shape[1], seqlen_q, num_sms)
-    tile, packs = _tile(head_dim, head_dim_v, is_causal, flags, *sizes)
+    batch, heads, heads_kv, num_sms = *query.shape[:2], key.shape[1], Target.of(query.device).num_sms
+    sizes = (batch, heads, heads_kv, seqlen_q, key.shape[2], num_sms)
+    tile, packs, rows = _tile(head_dim, head_dim_v, is_causal, flags, *sizes)
     wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, query.get_device())
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
@@ -140,7 +151,11 @@ def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, option
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    return _Launch(plan.run, packs, (scale_log2, num_sms, left, right, cap_factor))
+    if tile != "split":
+        return _Launch(plan.run, packs, None, (scale_log2, num_sms, left, right, cap_factor))
+    seqlen_q, _, sequences, _ = rows
+    part = (batch * sm90.forward_parts(*rows), sequences // batch, seqlen_q, head_dim_v + sm90.LSE_COLUMNS)
+    return _Launch(plan.run, packs, part, (scale_log2, num_sms, cap_factor))
 
 
 def attention_bwd(
@@ -255,16 +270,24 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
         window = left is not None
     flags = (window, spec.softcap > 0.0, spec.sink)
     head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
-    sizes = (spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q)
-    tiles = sm90.forward_tiles(head_dim, head_dim_v, any(flags))
+    sizes = (spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q, spec.seqlen_k, target.num_sms)
+    tiles = sm90.forward_tiles(head_dim, head_dim_v, is_causal, any(flags))
     is_causal = is_causal and not window
     if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
-        tiles = (_tile(head_dim, head_dim_v, is_causal, flags, *sizes, target.num_sms)[0],)
+        tiles = (_tile(head_dim, head_dim_v, is_causal, flags, *sizes).tile,)
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
     backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, window=window, softcap=flags[1])
     return (*needed, backward)
+
+
+class _Tiling(NamedTuple):
+    """How a forward call is cut into tiles."""
+
+    tile: sm90.Tile
+    packs: bool  # the query heads of a key/value head are rows of one head
+    sizes: tuple[int, int, int, int]  # seqlen_q and seqlen_k, sequences, SMs, as packed
 
 
 def _tile(
@@ -276,15 +299,15 @@ def _tile(
     heads: int,
     heads_kv: int,
     seqlen_q: int,
+    seqlen_k: int,
     num_sms: int,
-) -> tuple[sm90.Tile, bool]:
-    """The forward's tile, and whether the query heads of a key/value head are rows of one head there."""
+) -> _Tiling:
     window, _, sink = flags
-    packs = seqlen_q == 1 and not (is_causal or window or sink)
-    packs = packs and sm90.packs_gqa(heads // heads_kv, batch * heads, num_sms)
+    packs = _packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
     if packs:
         heads, seqlen_q = heads_kv, heads // heads_kv
-    return sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms), packs
+    sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
+    return _Tiling(sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes), packs, sizes)
 
 
 def _key(
@@ -333,6 +356,13 @@ def _make_plan(
         _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
 
     return plan._replace(run=first_launch(key, plan.run, keep))
+
+
+def _packs_gqa(group: int, seqlen_q: int, tells_rows_apart: bool) -> bool:
+    """Whether the ``group`` query heads of a key/value head become rows of one tile, so that K and V are read once:
+    where each has one query, and no mask or sink tells them apart. With more queries it would depend on strides, and
+    results with it."""
+    return group > 1 and seqlen_q == 1 and not tells_rows_apart
 
 
 def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
