@@ -16,7 +16,7 @@ import torch
 import fa_sdpa
 from fa_sdpa import reference
 from fa_sdpa.__main__ import main
-from fa_sdpa.bench import cells, command, contenders, gate, measure, plots, report, timing
+from fa_sdpa.bench import cells, command, contenders, gate, host, measure, plots, report, timing
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.bench.contenders import Contender, contender, sdpa
 from fa_sdpa.meta.models import MODELS
@@ -376,14 +376,13 @@ def test_command(tmp_path, capsys):
 
 
 def test_host_command(tmp_path, monkeypatch, capsys):
-    from fa_sdpa.bench import host
-
-    monkeypatch.setattr(host, "BUDGET_US", 1e6)  # how fast this machine is, is not the question
+    monkeypatch.setattr(host, "targets", lambda *of: [])  # how fast this machine is, is not the question
+    monkeypatch.setattr(host, "measure_graph", lambda *of: {"over_torch_us": 0.0})  # needs a C++ compiler
     with pytest.raises(SystemExit, match="False"):
         host.main(["--device", "cpu", "--rounds", "1", "--calls", "10", "--json", str(tmp_path / "host.json")])
     assert "left to torch by policy" in capsys.readouterr().out
     content = json.loads((tmp_path / "host.json").read_text())
-    assert {row["state"] for row in content["results"]} == set(host.STATES) and content["provenance"]["torch"]
+    assert {row["state"] for row in content["results"]} >= set(host.STATES) and content["provenance"]["torch"]
     asked = []
     monkeypatch.setattr(host, "main", asked.extend)
     main("bench host --device cpu --quick --json there.json".split())
