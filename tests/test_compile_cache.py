@@ -508,7 +508,7 @@ def test_the_first_launch_may_fail(compiler, cpu_needs_kernels, as_h100, monkeyp
     assert not launch._plans
     monkeypatch.setattr(jit, "_failed", {})
     monkeypatch.setattr(router, "_fa4", run)
-    monkeypatch.setattr(router, "decide", lambda *a: fa_sdpa.meta.spec.Decision("fa4", ()))
+    monkeypatch.setattr(router, "decide", lambda *a, **k: fa_sdpa.meta.spec.Decision("fa4", ()))
     with fa_sdpa.enable("always"):
         torch.testing.assert_close(
             sdpa(half, half, half, is_causal=True),
