@@ -99,11 +99,11 @@ class ForwardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Tile of the backward kernel, which has two MMA warpgroups. Raises ValueError if it cannot be built.
+    """Tile of the backward kernel. Raises ValueError if it cannot be built.
 
-    With ``tile_n`` 128 each warpgroup has 64 keys, all columns of dK and dV for them, and P and dS stay in its
-    registers. With 64 both have all keys, each half of the columns and half of the queries of S and dP; that serves the
-    head dims at which dK and dV of 64 keys are too many registers for one warpgroup.
+    With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
+    keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for one
+    warpgroup. A third one multiplies dQ where that leaves the others enough registers.
     """
 
     head_dim: int
@@ -130,17 +130,32 @@ class BackwardConfig:
 
     @property
     def mma_warpgroups(self) -> int:
-        return 2
+        return 3 if self.has_dq_warpgroup else 2
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Registers per thread of an MMA warpgroup and of the producer after reallocation (64 K per SM)."""
-        return 240, 24
+    def registers(self) -> tuple[int, int, int]:
+        """Registers per thread of an MMA warpgroup, of the producer, and of dQ's warpgroup or 0, after reallocation
+        (64 K per SM)."""
+        if not self.has_dq_warpgroup:
+            return 240, 24, 0
+        dq = _round_up(self.dq_chunk // 2, 8) + 32
+        return (512 - 24 - dq) // 16 * 8, 24, dq
 
     @property
     def splits_keys(self) -> bool:
         """Whether each MMA warpgroup has keys of its own."""
-        return self.tile_n == 64 * self.mma_warpgroups
+        return self.tile_n == 128
+
+    @property
+    def has_dq_warpgroup(self) -> bool:
+        """Whether a warpgroup of its own multiplies dQ."""
+        return self.tile_m == 64 and self.head_dim_mma + self.head_dim_v_mma <= 192 or not self.splits_keys
+
+    @property
+    def dq_chunk(self) -> int:
+        """Columns of dQ that are multiplied at a time: all, unless that takes the registers of dK and dV."""
+        is_wide = self.has_dq_warpgroup and max(self.head_dim_mma, self.head_dim_v_mma) > 192
+        return 64 if is_wide else self.dq_columns
 
     @property
     def head_dim_mma(self) -> int:
@@ -165,12 +180,13 @@ class BackwardConfig:
     @property
     def dq_by_rows(self) -> bool:
         """Whether each MMA warpgroup computes dQ of 64 rows, or half of the columns of all."""
-        return self.tile_m == 64 * self.mma_warpgroups
+        return self.tile_m == 128
 
     @property
     def dq_columns(self) -> int:
         """Columns of dQ that are multiplied."""
-        return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
+        whole = self.dq_by_rows or self.has_dq_warpgroup and max(self.head_dim_mma, self.head_dim_v_mma) <= 192
+        return self.head_dim_mma if whole else self.head_dim_smem
 
     @property
     def scratch_per_block(self) -> int:
@@ -180,14 +196,14 @@ class BackwardConfig:
     @property
     def stages_dq(self) -> bool:
         """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK and self.dq_chunk == self.dq_columns
 
     @property
     def stores_by_tma(self) -> bool:
         """Whether dK and dV, one after the other, are stored from dQ's shared memory; if not, from registers."""
-        room = 4 * self.tile_m * self.dq_columns // self.mma_warpgroups
+        room = 4 * self.tile_m * self.dq_columns // 2
         tile = 2 * 64 * max(self.head_dim_mma, self.head_dim_v_mma)
-        return self.splits_keys and self.stages_dq and tile <= room
+        return not self.has_dq_warpgroup and tile <= room
 
     @property
     def smem_bytes(self) -> int:
@@ -195,11 +211,13 @@ class BackwardConfig:
         return self._smem_bytes(self.stages_dq)
 
     def _smem_bytes(self, stages_dq: bool) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
+        """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one warpgroup
+        to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
-        scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
+        scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        tiles += 0 if self.splits_keys else 2 * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
