@@ -219,6 +219,7 @@ class Backward(Roles):
         )
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
+        self.k_slices, self.v_slices = config.k_slices, config.v_slices
         self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
     def _layouts(self) -> Layouts:
@@ -769,18 +770,28 @@ class Backward(Roles):
     def _give_dq(self, acc_dQ: cute.Tensor, smem: Smem, pipelines: Pipelines, place: Place, stage: Int32) -> None:
         """This warpgroup's dQ to the warp that adds it."""
         self._arrive(pipelines.ds_empty + stage)
-        self._stage_dq(acc_dQ.iterator, smem, place.tidx % WARPGROUP, place.wg)
+        self._stage_dq(acc_dQ.iterator, 0, range(0, self.dq_values, 4), smem, place.wg)
 
     @cute.jit
-    def _stage_dq(self, values: cute.Pointer, smem: Smem, thread: Int32, part: Int32) -> None:
-        """One of the two parts of dQ, a warpgroup's registers, to the warp that adds it."""
-        cute.arch.barrier(barrier_id=DQ_EMPTY + part, number_of_threads=WARPGROUP + 32)
+    def _stage_dq(
+        self,
+        registers: cute.Pointer,
+        offset: cutlass.Constexpr[int],  # of dQ's value in the first register
+        values: cutlass.Constexpr[range],  # first ones of four
+        smem: Smem,
+        part: Int32,
+    ) -> None:
+        """Values of one of the two parts of dQ to the warp that adds it, once it has all of them."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        if cutlass.const_expr(values.start % self.dq_values == 0):
+            cute.arch.barrier(barrier_id=DQ_EMPTY + part, number_of_threads=WARPGROUP + 32)
         store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
-        for i in cutlass.range_constexpr(self.dq_values // 4):
-            chunk = cute.make_tensor(values + 4 * i, cute.make_layout(4))
-            cute.copy(store, chunk, smem.dq[None, thread, i, part])
-        cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=DQ_FULL + part, number_of_threads=WARPGROUP + 32)
+        for i in cutlass.range_constexpr(len(values)):
+            source = cute.make_tensor(registers + (values[i] - offset), cute.make_layout(4))
+            cute.copy(store, source, smem.dq[None, thread, values[i] % self.dq_values // 4, part])
+        if cutlass.const_expr(values.stop % self.dq_values == 0):
+            cute.arch.fence_view_async_shared()
+            cute.arch.barrier_arrive(barrier_id=DQ_FULL + part, number_of_threads=WARPGROUP + 32)
 
     @cute.jit
     def _arrive(self, mbarrier: cute.Pointer) -> None:

@@ -152,19 +152,37 @@ class BackwardConfig:
         return self.tile_m == 64 and self.head_dim_mma + self.head_dim_v_mma <= 192 or not self.splits_keys
 
     @property
+    def k_slices(self) -> int:
+        """16 columns each of K that one warpgroup keeps in registers, as operand of S, where products are shared."""
+        return self._slices(self.head_dim_mma, self.head_dim_v_mma)
+
+    @property
+    def v_slices(self) -> int:
+        """16 columns each of V that the other warpgroup keeps in registers, as operand of dP."""
+        return self._slices(self.head_dim_v_mma, self.head_dim_mma)
+
+    def _slices(self, columns: int, accumulated: int) -> int:
+        """Slices of 4 registers beside S and P in 16 bit, or dP and dS, and dV or dK of so many columns."""
+        if self.splits_keys:
+            return 0
+        sums = accumulated if accumulated <= 192 else 256
+        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - sums // 2
+        return max(0, min(columns // 16, room // 4))
+
+    @property
     def dq_chunk(self) -> int:
-        """Columns of dQ that are multiplied at a time: all, unless that takes the registers of dK and dV."""
-        is_wide = self.has_dq_warpgroup and max(self.head_dim_mma, self.head_dim_v_mma) > 192
-        return 64 if is_wide else self.dq_columns
+        """Columns of dQ that are multiplied at a time: one 128-byte row of shared memory where the registers of the
+        others are worth more than reading dS again, else all."""
+        return self.dq_columns if self.splits_keys else 64
 
     @property
     def head_dim_mma(self) -> int:
-        """Depth of Q Kᵀ, and columns of dK where the warpgroups do not share them."""
+        """Depth of Q Kᵀ, and columns of dK up to 192."""
         return _round_up(self.head_dim, 16)
 
     @property
     def head_dim_v_mma(self) -> int:
-        """Depth of dO Vᵀ, and columns of dV where the warpgroups do not share them."""
+        """Depth of dO Vᵀ, and columns of dV up to 192."""
         return _round_up(self.head_dim_v, 16)
 
     @property
@@ -185,7 +203,7 @@ class BackwardConfig:
     @property
     def dq_columns(self) -> int:
         """Columns of dQ that are multiplied."""
-        whole = self.dq_by_rows or self.has_dq_warpgroup and max(self.head_dim_mma, self.head_dim_v_mma) <= 192
+        whole = self.dq_by_rows or self.has_dq_warpgroup and self.splits_keys
         return self.head_dim_mma if whole else self.head_dim_smem
 
     @property
@@ -196,7 +214,7 @@ class BackwardConfig:
     @property
     def stages_dq(self) -> bool:
         """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK and self.dq_chunk == self.dq_columns
+        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
 
     @property
     def stores_by_tma(self) -> bool:

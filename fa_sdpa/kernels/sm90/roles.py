@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, pipeline
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..common import fragments, softmax
 from ..common.atomics import add_fragment
 from ..common.mask import mask_left, mask_right
 from ..common.scheduler import Tiles
 from .backward_rows import WARPGROUP, Scratch
-from .wgmma import issue, transposed
+from .wgmma import K_MAJOR, issue, tiled_mma, transposed
 
 if TYPE_CHECKING:
     from ..common.blocks import Window
@@ -44,6 +44,7 @@ class ScoreOperands(NamedTuple):
     tSrQ: cute.Tensor
     tVrP: cute.Tensor
     tVrdO: cute.Tensor
+    rK: cute.Tensor | None  # registers of the first columns of K
     rP: cute.Tensor
     acc_S: cute.Tensor
     acc_dV: cute.Tensor
@@ -56,6 +57,7 @@ class GradientOperands(NamedTuple):
     tPrdO: cute.Tensor
     tKrdS: cute.Tensor
     tKrQ: cute.Tensor
+    rV: cute.Tensor | None  # registers of the first columns of V
     rP: cute.Tensor
     rdS: cute.Tensor
     acc_dP: cute.Tensor
@@ -127,14 +129,15 @@ class Roles:
     @cute.jit
     def _add_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem", sums: cute.Tensor) -> None:
         """Chunk ``c`` of dQ to the warps that add its two parts, or to memory right here."""
-        if cutlass.const_expr(self.stages_dq):
-            thread = cute.arch.thread_idx()[0] % WARPGROUP
-            for part in cutlass.range_constexpr(2):
-                self._stage_dq(acc.iterator + part * self.dq_values, smem, thread, Int32(part))
-        else:
-            first = c * cute.size(acc)
+        first, size = c * cute.size(acc), cute.size(acc)
+        if cutlass.const_expr(not self.stages_dq):
             target = sums[None, first % self.dq_values // 4, first // self.dq_values].iterator
             add_fragment(target, acc, WARPGROUP)
+        for part in cutlass.range_constexpr(2 if self.stages_dq else 0):
+            begin, end = part * self.dq_values, (part + 1) * self.dq_values
+            if cutlass.const_expr(first < end and begin < first + size):
+                values = range(max(begin, first), min(end, first + size), 4)
+                self._stage_dq(acc.iterator, first, values, smem, part)
 
     @cute.jit
     def score(
@@ -157,6 +160,7 @@ class Roles:
             tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
             tVrP=fragments.as_operand_a(rP),
             tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
+            rK=self._first_columns(self.k_slices),
             rP=rP,
             acc_S=self._accumulator(mmas.sdp, self.tile_m),
             acc_dV=self._accumulator(mmas.dv, self.dv_columns),
@@ -173,9 +177,10 @@ class Roles:
             first_key = n_block * self.tile_n + place.row
             left = (end - start) * qhead_per_kvhead
             pipelines.k.consumer_wait(kv_state)
+            self._load_columns(smem.k, regs.rK, place)
             if left > 0:
                 pipelines.q.consumer_wait(state)
-            self._issue_s(mmas, regs, state)
+            self._issue_scores(mmas, regs, state)
             regs.acc_dV.fill(0.0)
             if cutlass.const_expr(self.has_window):
                 for i in cutlass.range(end - unmasked_end, unroll=1):
@@ -239,7 +244,7 @@ class Roles:
         following.advance()
         if left > 0:
             pipelines.q.consumer_wait(following)
-        self._issue_s(mmas, regs, following)
+        self._issue_scores(mmas, regs, following)
         warpgroup.wait_group(1)  # dV
         pipelines.do.consumer_release(state)
 
@@ -264,6 +269,7 @@ class Roles:
             tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
             tKrdS=fragments.as_operand_a(rdS),
             tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
+            rV=self._first_columns(self.v_slices),
             rP=rP,
             rdS=rdS,
             acc_dP=self._accumulator(mmas.sdp, self.tile_m),
@@ -277,6 +283,7 @@ class Roles:
             first_key = n_block * self.tile_n + place.row
             left = (end - start) * qhead_per_kvhead
             pipelines.v.consumer_wait(kv_state)
+            self._load_columns(smem.v, regs.rV, place)
             if left > 0:
                 pipelines.do.consumer_wait(state)
             self._issue_dp(mmas, regs, state)
@@ -295,7 +302,54 @@ class Roles:
     @cute.jit
     def _issue_dp(self, mmas: "Mmas", regs: GradientOperands, state: pipeline.PipelineState) -> None:
         tPrdO = regs.tPrdO[None, None, None, state.index]
-        issue(mmas.sdp, regs.acc_dP, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16, zero_init=True)
+        self._issue_from(mmas, regs.acc_dP, regs.rV, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16)
+
+    @cute.jit
+    def _issue_scores(self, mmas: "Mmas", regs: ScoreOperands, state: pipeline.PipelineState) -> None:
+        tSrQ = regs.tSrQ[None, None, None, state.index]
+        self._issue_from(mmas, regs.acc_S, regs.rK, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16)
+
+    @cute.jit
+    def _issue_from(
+        self,
+        mmas: "Mmas",
+        acc: cute.Tensor,
+        first: cute.Tensor | None,  # registers of the first slices of A
+        tCrA: cute.Tensor,
+        tCrB: cute.Tensor,
+        slices: cutlass.Constexpr[int],
+    ) -> None:
+        """Issue acc = A Bᵀ over ``slices`` k-slices of 16 as one WGMMA group."""
+        held = 0 if first is None else cute.size(first, mode=[2])
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(slices):
+            op = (self._from_registers() if k < held else mmas.sdp).op
+            atom = cute.make_mma_atom(op)
+            atom.set(warpgroup.Field.ACCUMULATE, k > 0)
+            A = first if cutlass.const_expr(k < held) else tCrA
+            cute.gemm(atom, acc, A[None, None, k], tCrB[None, None, k], acc)
+        warpgroup.commit_group()
+
+    def _from_registers(self) -> cute.TiledMma:
+        """S or dP with K or V in registers."""
+        return tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), (1, 1), self.tile_m, a_in_registers=True)
+
+    def _first_columns(self, slices: int) -> cute.Tensor | None:
+        """Registers for so many slices of 16 columns of a tile of keys."""
+        if not slices:
+            return None
+        shape = self._from_registers().partition_shape_A((self.tile_n, 16 * slices))
+        return cute.make_rmem_tensor(shape, self.dtype)
+
+    @cute.jit
+    def _load_columns(self, tile: cute.Tensor, columns: cute.Tensor | None, place: "Place") -> None:
+        """The first columns of a tile of keys (tile_n, d, 1) to registers."""
+        if cutlass.const_expr(columns is not None):
+            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+            copy = cute.make_tiled_copy_A(atom, self._from_registers()).get_slice(place.tidx)
+            source, target = copy.partition_S(tile[None, None, 0]), copy.retile(columns)
+            for k in cutlass.range_constexpr(cute.size(columns, mode=[2])):
+                cute.copy(copy, source[None, None, k], target[None, None, k])
 
     @cute.jit
     def _differentiate_block(
