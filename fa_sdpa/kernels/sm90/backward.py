@@ -17,27 +17,31 @@ registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the register
 happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
-    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each to its sums and
-                     store its dK and dV; warp 3 idles
-    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV
+    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and, where there is no
+                     third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
+    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV
+    warpgroup 3      dQ, where it would take the others too many registers
 
-Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
-    64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
-                     for dQ, of which each warpgroup has 64 rows, or half of the columns
-    shared keys      head dims whose dK and dV are too many registers: each warpgroup has all 64 keys, half of the
-                     queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
+Scores are computed transposed, keys × queries, and Pᵀ and dSᵀ are the A operands of dV and dK straight from registers.
+Three splits of the work (config.has_dq_warpgroup, config.splits_keys):
+    64 keys each          warpgroups 1 and 2 have five products of their 64 keys; only dS crosses shared memory, for dQ,
+                          of which each has 64 rows, or half of the columns
+    64 keys each, dQ      the same but for dQ, which warpgroup 3 multiplies
+    shared keys, dQ       head dims whose dK and dV are too many registers: warpgroup 1 has S, P and dV of 64 keys,
+                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (roles.py)
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
-    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
-    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
-    ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
+    k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; released after the tile's last block
+    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block, by
+                       warpgroup 1 of shared keys after P
+    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
+    ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
+    p       1 stage    4 warps → 4 warps (shared keys)
 
 Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
-    SCORES         P and dS of the block are in shared memory, 256 threads (shared keys)
-    DQ_EMPTY + i   dQ's shared memory of MMA warpgroup i has been read: its warp arrives (32), i waits (128)
-    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: i arrives (128), its warp waits (32)
+    DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
+    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -48,8 +52,8 @@ Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same 
     S_{i+1} = K Q_{i+1}ᵀ
 dQ runs a block late, so that one warpgroup needs the other's dS half a block after it was made: they take turns, one's
 exponentials under the other's WGMMAs. A tile's first dQ and last S are products of whatever shared memory holds, which
-nothing reads: a branch around a WGMMA makes ptxas serialise them all. With shared keys dQ is not late, and there are no
-turns: each block needs all of P and dS at once.
+nothing reads: a branch around a WGMMA makes ptxas serialise them all. With a warpgroup for dQ it is not late, and with
+shared keys there are no turns.
 
 Masks: rows beyond seqlen_q have lse = +inf, so that p = 0. The blocks that need a mask, on the causal diagonal, at a
 window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own.
@@ -80,12 +84,11 @@ from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
-from .roles import Roles
+from .roles import HIDDEN, Place, Roles
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # named barriers, first of two each; barrier 0 is the CTA's
-HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -96,8 +99,8 @@ class Pipelines(NamedTuple):
     do: pipeline.PipelineTmaAsync
     ds_full: cute.Pointer  # mbarriers, one per stage
     ds_empty: cute.Pointer
-    p_full: cute.Pointer  # mbarriers of one stage
-    p_empty: cute.Pointer
+    p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
+    p_empty: cute.Pointer | None
 
 
 class Smem(NamedTuple):
@@ -181,14 +184,6 @@ class Operands(NamedTuple):
     acc_dV: cute.Tensor
 
 
-class Place(NamedTuple):
-    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
-
-    tidx: Int32  # of the threads that compute S
-    wg: Int32
-    row: Int32  # of the tile's keys
-
-
 class Context(NamedTuple):
     """What stays the same over all blocks of all tiles."""
 
@@ -204,7 +199,6 @@ class Backward(Roles):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
-        self.place_type = Place
         config = BackwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
         self.dtype = DTYPES[key.dtype]
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
@@ -223,9 +217,9 @@ class Backward(Roles):
         self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
     def _layouts(self) -> Layouts:
-        dq = self.dq_chunk if self.has_dq_warpgroup or self.dq_by_rows else self.width // 2
+        splits_dq = not self.has_dq_warpgroup and not self.dq_by_rows  # each warpgroup has half of its columns
         return Layouts(
-            k=smem_layout(self.dtype, self.tile_n, self.width, 1, _round_up(dq, 64)),
+            k=smem_layout(self.dtype, self.tile_n, self.width, 1, self.width // 2 if splits_dq else None),
             v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
             q=smem_layout(self.dtype, self.tile_m, self.width, self.stages),
             do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages),
@@ -266,8 +260,8 @@ class Backward(Roles):
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             ds_full: cute.struct.MemRange[cutlass.Int64, self.stages]
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
-            p_full: cute.struct.MemRange[cutlass.Int64, 1]
-            p_empty: cute.struct.MemRange[cutlass.Int64, 1]
+            p_full: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
+            p_empty: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
@@ -412,16 +406,17 @@ class Backward(Roles):
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width, main),
             storage.ds_full.data_ptr(),
             storage.ds_empty.data_ptr(),
-            storage.p_full.data_ptr(),
-            storage.p_empty.data_ptr(),
+            None if self.splits_keys else storage.p_full.data_ptr(),
+            None if self.splits_keys else storage.p_empty.data_ptr(),
         )
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(pipelines.ds_full + i, writing)
                     cute.arch.mbarrier_init(pipelines.ds_empty + i, reading)
-                cute.arch.mbarrier_init(pipelines.p_full, writing)
-                cute.arch.mbarrier_init(pipelines.p_empty, writing)
+                if cutlass.const_expr(not self.splits_keys):
+                    cute.arch.mbarrier_init(pipelines.p_full, writing)
+                    cute.arch.mbarrier_init(pipelines.p_empty, writing)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
@@ -601,9 +596,7 @@ class Backward(Roles):
         """To partition shared memory with, as if all columns that it holds were multiplied; WGMMAs may be narrower."""
         return self._mmas(self.width, self.width_v, _round_up(self.dq_chunk, 64))
 
-    def _accumulator(
-        self, mma: cute.TiledMma, columns: int, dtype: type[cutlass.Numeric] = Float32
-    ) -> cute.Tensor:
+    def _accumulator(self, mma: cute.TiledMma, columns: int, dtype: type[cutlass.Numeric] = Float32) -> cute.Tensor:
         """Registers of a product of tile_n keys with so many columns."""
         return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_n, columns)), dtype)
 
@@ -726,10 +719,10 @@ class Backward(Roles):
         cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
         self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
         self._arrive(pipelines.ds_full + stage)
-        following = state.clone()
-        following.advance()
         if cutlass.const_expr(self.has_dq_warpgroup):
             warpgroup.wait_group(1)  # dV: frees the registers of P
+            following = state.clone()
+            following.advance()
             if left > 0:
                 pipelines.q.consumer_wait(following)
             self._issue_s(mmas, regs, following)
@@ -744,6 +737,8 @@ class Backward(Roles):
             acc_dQ = self._issue_dq(mmas, regs, dq_stage)
             warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
             self._release(pipelines, state)
+            following = state.clone()
+            following.advance()
             if left > 0:
                 pipelines.q.consumer_wait(following)
             self._issue_s(mmas, regs, following)
@@ -770,7 +765,8 @@ class Backward(Roles):
     def _give_dq(self, acc_dQ: cute.Tensor, smem: Smem, pipelines: Pipelines, place: Place, stage: Int32) -> None:
         """This warpgroup's dQ to the warp that adds it."""
         self._arrive(pipelines.ds_empty + stage)
-        self._stage_dq(acc_dQ.iterator, 0, range(0, self.dq_values, 4), smem, place.wg)
+        values = range(0, self.dq_values, 4)
+        self._stage_dq(acc_dQ.iterator, 0, values, smem, place.tidx % WARPGROUP, place.wg)
 
     @cute.jit
     def _stage_dq(
@@ -779,10 +775,10 @@ class Backward(Roles):
         offset: cutlass.Constexpr[int],  # of dQ's value in the first register
         values: cutlass.Constexpr[range],  # first ones of four
         smem: Smem,
+        thread: Int32,  # of its warpgroup
         part: Int32,
     ) -> None:
         """Values of one of the two parts of dQ to the warp that adds it, once it has all of them."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
         if cutlass.const_expr(values.start % self.dq_values == 0):
             cute.arch.barrier(barrier_id=DQ_EMPTY + part, number_of_threads=WARPGROUP + 32)
         store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)

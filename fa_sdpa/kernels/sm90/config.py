@@ -121,6 +121,8 @@ class BackwardConfig:
             raise ValueError(f"{self.tile_n=} must be 64 or 128")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
+        if self.tile_m != 64 and not self.splits_keys:
+            raise ValueError(f"{self.tile_m=} must be 64 with {self.tile_n=}")
         if self.stages != 2:
             raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
         if self.smem_bytes > SMEM_PER_BLOCK:
@@ -138,7 +140,7 @@ class BackwardConfig:
         (64 K per SM)."""
         if not self.has_dq_warpgroup:
             return 240, 24, 0
-        dq = _round_up(self.dq_chunk // 2, 8) + 32
+        dq = _round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
         return (512 - 24 - dq) // 16 * 8, 24, dq
 
     @property
@@ -202,9 +204,10 @@ class BackwardConfig:
 
     @property
     def dq_columns(self) -> int:
-        """Columns of dQ that are multiplied."""
-        whole = self.dq_by_rows or self.has_dq_warpgroup and self.splits_keys
-        return self.head_dim_mma if whole else self.head_dim_smem
+        """Columns of dQ that are multiplied: no more than Q has where one warpgroup has all of them, as the two halves of
+        128 bytes in which shared memory is swizzled begin at multiples of 64."""
+        at_once = self.dq_by_rows or self.has_dq_warpgroup and self.splits_keys and self.head_dim > 64
+        return self.head_dim_mma if at_once else self.head_dim_smem
 
     @property
     def scratch_per_block(self) -> int:
@@ -361,8 +364,11 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
-    tile_m / 2 each of S, dP and dQ. A softcap needs some more. Shared memory holds 128 keys beside two stages of 64
-    queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to 64) are within 192 KB.
+    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds 128
+    keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to
+    64) are within 192 KB. Else the warpgroups share 64 keys. The third one, on an H100 (bf16, 4k, full / causal,
+    TFLOP/s): d80 444 / 382 → 486 / 425, d96 484 / 430 → 544 / 485; and with keys shared by products instead of columns
+    d192 381 / 342 → 420 / 380, d256 381 / 354 → 424 / 386.
     """
     columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
     smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)

@@ -4,13 +4,16 @@
     score            S, P and dV of 64 keys    } head dims whose dK and dV are
     differentiate    dP, dS and dK of them     } too many registers for one
 
-P and dS of 64 keys × tile_m queries stay the register operands of dV and dK. P goes to `differentiate` in 16 bit through
-shared memory, each thread's values to the same thread of the other warpgroup; dS goes to `multiply_dq` as usual.
+Pᵀ and dSᵀ of 64 keys × tile_m queries are the register operands of dV and dK, and each of S, dP, dV and dK is one WGMMA
+of all columns that it has: shared memory delivers Q, dO and K or V once for each, and not once for each warpgroup. P
+goes to `differentiate` in 16 bit through shared memory, each thread's values to the same thread of the other warpgroup
+(with a softcap times its derivative, which dV does without); dS goes to `multiply_dq` as usual. What registers are left
+hold the first columns of K and V (config.k_slices, v_slices).
 
-Timeline, block i (‖: at the same time; each line is one warpgroup and goes on at its own pace):
+Timeline, block i (‖: at the same time; each warpgroup goes on at its own pace):
     score            wait for S_i; P_i = 2^(…), to shared memory; dV += P_i dO_i  ‖  S_{i+1} = K Q_{i+1}ᵀ
     differentiate    wait for dP_i and P_i; dS_i = P_i ∘ (dP_i - δ_i), to shared memory; dK += dS_i Q_i  ‖  dP_{i+1}
-    multiply_dq      wait for dS_i; dQ_i = dS_i K, to shared memory or to its sums
+    multiply_dq      wait for dS_i; dQ_i = dS_i K, dq_chunk columns at a time, to shared memory or to its sums
 
 A tile's last S and dP are products of whatever shared memory holds, which nothing reads, as in backward.py.
 """
@@ -32,9 +35,17 @@ from .wgmma import K_MAJOR, issue, tiled_mma, transposed
 
 if TYPE_CHECKING:
     from ..common.blocks import Window
-    from .backward import Gmem, Mmas, Pipelines, Place, Scoring, Smem
+    from .backward import Gmem, Mmas, Pipelines, Scoring, Smem
 
 HIDDEN = -1e18  # a masked score that is capped: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
+
+
+class Place(NamedTuple):
+    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+
+    tidx: Int32  # of the threads that compute S
+    wg: Int32
+    row: Int32  # of the tile's keys
 
 
 class ScoreOperands(NamedTuple):
@@ -137,7 +148,7 @@ class Roles:
             begin, end = part * self.dq_values, (part + 1) * self.dq_values
             if cutlass.const_expr(first < end and begin < first + size):
                 values = range(max(begin, first), min(end, first + size), 4)
-                self._stage_dq(acc.iterator, first, values, smem, part)
+                self._stage_dq(acc.iterator, first, values, smem, cute.arch.thread_idx()[0] % WARPGROUP, part)
 
     @cute.jit
     def score(
@@ -237,9 +248,7 @@ class Roles:
         self._exchange_p(smem, place, rounded, writes=True)
         self._arrive(pipelines.p_full)
         pipelines.do.consumer_wait(state)
-        issue(
-            mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False
-        )
+        issue(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -342,7 +351,7 @@ class Roles:
         return cute.make_rmem_tensor(shape, self.dtype)
 
     @cute.jit
-    def _load_columns(self, tile: cute.Tensor, columns: cute.Tensor | None, place: "Place") -> None:
+    def _load_columns(self, tile: cute.Tensor, columns: cute.Tensor | None, place: Place) -> None:
         """The first columns of a tile of keys (tile_n, d, 1) to registers."""
         if cutlass.const_expr(columns is not None):
             atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
@@ -358,7 +367,7 @@ class Roles:
         regs: GradientOperands,
         smem: "Smem",
         pipelines: "Pipelines",
-        place: "Place",
+        place: Place,
         state: pipeline.PipelineState,  # of this block's Q and dO
         left: Int32,  # how many blocks of this tile come after this one
     ) -> None:
@@ -384,9 +393,7 @@ class Roles:
         cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
         self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
         self._arrive(pipelines.ds_full + stage)
-        issue(
-            mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ[None, None, None, stage], self.tile_m // 16, zero_init=False
-        )
+        issue(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ[None, None, None, stage], self.tile_m // 16, zero_init=False)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -396,15 +403,13 @@ class Roles:
         cute.arch.sync_warp()  # all lanes have read δ
         pipelines.q.consumer_release(state)
 
-    def _place_alone(self) -> "Place":
+    def _place_alone(self) -> Place:
         """Where this thread's elements of S or dP are, of which its warpgroup has all."""
         thread = cute.arch.thread_idx()[0] % WARPGROUP
-        return self.place_type(thread, Int32(0), thread // 32 * 16 + thread % 32 // 4)
+        return Place(thread, Int32(0), thread // 32 * 16 + thread % 32 // 4)
 
     @cute.jit
-    def _exchange_p(
-        self, smem: "Smem", place: "Place", rounded: cute.Tensor, writes: cutlass.Constexpr[bool]
-    ) -> None:
+    def _exchange_p(self, smem: "Smem", place: Place, rounded: cute.Tensor, writes: cutlass.Constexpr[bool]) -> None:
         """Write or read this thread's values of P, (8, n) registers of 16 bit."""
         copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
         for k in cutlass.range_constexpr(cute.size(rounded, mode=[1])):
