@@ -163,7 +163,7 @@ def test_config_is_checked_at_birth(values, message):
         ((128, 128, 96, 128, 2), "tile_m"),
         ((128, 128, 64, 96, 2), "tile_n"),
         ((128, 128, 64, 128, 3), "stages"),
-        ((256, 256, 128, 64, 2), "smem_bytes"),
+        ((256, 256, 64, 128, 2), "smem_bytes"),
         ((240, 16, 64, 128, 2), "tile_n"),
         ((64, 64, 128, 64, 2), "tile_m"),
         ((100, 128, 64, 128, 2), "head_dim"),
@@ -195,19 +195,12 @@ def test_backward_warpgroups_fit_the_register_file():
             assert mma % 8 == producer % 8 == dq % 8 == 0
             assert (chosen.mma_warpgroups == 3) == chosen.has_dq_warpgroup == (dq > 0)
             assert chosen.dq_columns % chosen.dq_chunk == 0
-            sums = chosen.head_dim_mma + chosen.head_dim_v_mma
-            if chosen.splits_keys:
-                assert sums // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
-            else:
-                slices, columns = (
-                    (
-                        (chosen.k_slices, chosen.head_dim_v_mma),
-                        (chosen.v_slices, chosen.head_dim_mma),
-                    ),
-                    chosen.tile_m,
-                )
-                for held, accumulated in slices:
-                    assert 4 * held + accumulated // 2 + columns // 2 + columns // 4 <= mma  # K or V, dV or dK, S, P
+            columns, columns_v = chosen.head_dim_mma, chosen.head_dim_v_mma
+            if chosen.has_dq_warpgroup and chosen.splits_keys:
+                assert (columns + columns_v) // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
+            if not chosen.splits_keys:
+                for held, accumulated in ((chosen.k_slices, columns_v), (chosen.v_slices, columns)):
+                    assert 4 * held + accumulated // 2 + 3 * chosen.tile_m // 4 + 32 <= mma  # K or V, dV or dK, S, P
 
 
 def test_configs_fit_the_register_file():

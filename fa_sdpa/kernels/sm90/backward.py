@@ -28,12 +28,12 @@ Three splits of the work (config.has_dq_warpgroup, config.splits_keys):
                           of which each has 64 rows, or half of the columns
     64 keys each, dQ      the same but for dQ, which warpgroup 3 multiplies
     shared keys, dQ       head dims whose dK and dV are too many registers: warpgroup 1 has S, P and dV of 64 keys,
-                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (roles.py)
+                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (backward_roles.py)
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; released after the tile's last block
-    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block, by
-                       warpgroup 1 of shared keys after P
+    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block,
+                       by warpgroup 1 of shared keys after P
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
     ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
     p       1 stage    4 warps → 4 warps (shared keys)
@@ -77,14 +77,14 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.atomics import add_fragment, bulk_add
+from ..common.atomics import bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
+from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
-from .roles import HIDDEN, Place, Roles
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
@@ -229,8 +229,8 @@ class Backward(Roles):
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
-        """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in halves,
-        as ptxas takes no instruction with more registers than a thread has at its start."""
+        """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
+        halves, as ptxas takes no instruction with more registers than a thread has at its start."""
         by_rows, by_columns, alone = (2, 1), (1, 2), (1, 1)
         rows = by_rows if self.splits_keys else alone
         sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), rows, self.tile_m)
@@ -643,18 +643,18 @@ class Backward(Roles):
             if cutlass.const_expr(self.has_window):
                 for i in cutlass.range(end - unmasked_end, unroll=1):
                     limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
                         self._block(context, q_state, left == total - 1, left, limits)
                         q_state.advance()
-            for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+            for _ in cutlass.range(unmasked_end - unmasked_start, unroll=1):
+                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     self._block(context, q_state, left == total - 1, left, None)
                     q_state.advance()
             for i in cutlass.range(unmasked_start - start, unroll=1):
                 limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     self._block(context, q_state, left == total - 1, left, limits)
                     q_state.advance()

@@ -102,8 +102,8 @@ class BackwardConfig:
     """Tile of the backward kernel. Raises ValueError if it cannot be built.
 
     With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
-    keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for one
-    warpgroup. A third one multiplies dQ where that leaves the others enough registers.
+    keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for
+    one warpgroup. A third one multiplies dQ where that leaves the others enough registers.
     """
 
     head_dim: int
@@ -150,8 +150,10 @@ class BackwardConfig:
 
     @property
     def has_dq_warpgroup(self) -> bool:
-        """Whether a warpgroup of its own multiplies dQ."""
-        return self.tile_m == 64 and self.head_dim_mma + self.head_dim_v_mma <= 192 or not self.splits_keys
+        """Whether a warpgroup of its own multiplies dQ: with shared keys, or if the others have 192 registers left, for
+        dK and dV of 64 keys, S, dP and 32 more."""
+        fits = self.head_dim_mma <= 144 and self.head_dim_mma + self.head_dim_v_mma <= 192
+        return self.tile_m == 64 and (fits or not self.splits_keys)
 
     @property
     def k_slices(self) -> int:
@@ -204,8 +206,8 @@ class BackwardConfig:
 
     @property
     def dq_columns(self) -> int:
-        """Columns of dQ that are multiplied: no more than Q has where one warpgroup has all of them, as the two halves of
-        128 bytes in which shared memory is swizzled begin at multiples of 64."""
+        """Columns of dQ that are multiplied: as many as Q has where one WGMMA has all of them. Parts of them begin at
+        whole rows of shared memory."""
         at_once = self.dq_by_rows or self.has_dq_warpgroup and self.splits_keys and self.head_dim > 64
         return self.head_dim_mma if at_once else self.head_dim_smem
 
@@ -232,8 +234,8 @@ class BackwardConfig:
         return self._smem_bytes(self.stages_dq)
 
     def _smem_bytes(self, stages_dq: bool) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one warpgroup
-        to another; fp32 dQ."""
+        """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
+        warpgroup to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
@@ -364,11 +366,13 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
-    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds 128
-    keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to
-    64) are within 192 KB. Else the warpgroups share 64 keys. The third one, on an H100 (bf16, 4k, full / causal,
-    TFLOP/s): d80 444 / 382 → 486 / 425, d96 484 / 430 → 544 / 485; and with keys shared by products instead of columns
-    d192 381 / 342 → 420 / 380, d256 381 / 354 → 424 / 386.
+    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds
+    128 keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V
+    (padded to 64) are within 192 KB. Else the warpgroups share 64 keys.
+
+    For speed, on an H100 (bf16, 4k, full / causal, TFLOP/s), the third warpgroup: d80 444 / 382 → 486 / 425, d96
+    484 / 430 → 544 / 485; and keys shared by products instead of columns: d192 381 / 342 → 420 / 380, d256 381 / 354 →
+    424 / 386.
     """
     columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
     smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
