@@ -164,8 +164,9 @@ def test_config_is_checked_at_birth(values, message):
         ((128, 128, 96, 128, 2), "tile_m"),
         ((128, 128, 64, 96, 2), "tile_n"),
         ((128, 128, 64, 128, 3), "stages"),
-        ((256, 256, 128, 64, 2), "smem_bytes"),
+        ((256, 256, 64, 128, 2), "smem_bytes"),
         ((240, 16, 64, 128, 2), "tile_n"),
+        ((64, 64, 128, 64, 2), "tile_m"),
         ((100, 128, 64, 128, 2), "head_dim"),
         ((128, 264, 64, 64, 2), "head_dim_v"),
     ],
@@ -184,6 +185,23 @@ def test_every_pair_of_head_dims_has_a_backward_tile():
                 assert chosen.stages_dq or not chosen.splits_keys  # a late dQ is only ever added from shared memory
                 rows = chosen.tile_m * (2 + chosen.dq_columns)
                 assert chosen.scratch_per_block == rows and chosen.dq_columns >= head_dim
+
+
+def test_backward_warpgroups_fit_the_register_file():
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            chosen = config.backward_config(head_dim, head_dim_v)
+            mma, producer, dq = chosen.registers
+            assert 128 * (2 * mma + producer + dq) <= 65536
+            assert mma % 8 == producer % 8 == dq % 8 == 0
+            assert (chosen.mma_warpgroups == 3) == chosen.has_dq_warpgroup == (dq > 0)
+            assert chosen.dq_columns % chosen.dq_chunk == 0
+            columns, columns_v = chosen.head_dim_mma, chosen.head_dim_v_mma
+            if chosen.has_dq_warpgroup and chosen.splits_keys:
+                assert (columns + columns_v) // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
+            if not chosen.splits_keys:
+                for held, accumulated in ((chosen.k_slices, columns_v), (chosen.v_slices, columns)):
+                    assert 4 * held + accumulated // 2 + 3 * chosen.tile_m // 4 + 32 <= mma  # K or V, dV or dK, S, P
 
 
 def test_configs_fit_the_register_file():

@@ -17,27 +17,31 @@ registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the register
 happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
-    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each to its sums and
-                     store its dK and dV; warp 3 idles
-    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV
+    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and, where there is no
+                     third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
+    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV
+    warpgroup 3      dQ, where it would take the others too many registers
 
-Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
-    64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
-                     for dQ, of which each warpgroup has 64 rows, or half of the columns
-    shared keys      head dims whose dK and dV are too many registers: each warpgroup has all 64 keys, half of the
-                     queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
+Scores are computed transposed, keys × queries, and Pᵀ and dSᵀ are the A operands of dV and dK straight from registers.
+Three splits of the work (config.has_dq_warpgroup, config.splits_keys):
+    64 keys each          warpgroups 1 and 2 have five products of their 64 keys; only dS crosses shared memory, for dQ,
+                          of which each has 64 rows, or half of the columns
+    64 keys each, dQ      the same but for dQ, which warpgroup 3 multiplies
+    shared keys, dQ       head dims whose dK and dV are too many registers: warpgroup 1 has S, P and dV of 64 keys,
+                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (backward_roles.py)
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
-    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
-    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
-    ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
+    k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; released after the tile's last block
+    q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block,
+                       by warpgroup 1 of shared keys after P
+    do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
+    ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
+    p       1 stage    4 warps → 4 warps (shared keys)
 
 Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
-    SCORES         P and dS of the block are in shared memory, 256 threads (shared keys)
-    DQ_EMPTY + i   dQ's shared memory of MMA warpgroup i has been read: its warp arrives (32), i waits (128)
-    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: i arrives (128), its warp waits (32)
+    DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
+    DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -48,8 +52,8 @@ Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same 
     S_{i+1} = K Q_{i+1}ᵀ
 dQ runs a block late, so that one warpgroup needs the other's dS half a block after it was made: they take turns, one's
 exponentials under the other's WGMMAs. A tile's first dQ and last S are products of whatever shared memory holds, which
-nothing reads: a branch around a WGMMA makes ptxas serialise them all. With shared keys dQ is not late, and there are no
-turns: each block needs all of P and dS at once.
+nothing reads: a branch around a WGMMA makes ptxas serialise them all. With a warpgroup for dQ it is not late, and with
+shared keys there are no turns.
 
 Masks: rows beyond seqlen_q have lse = +inf, so that p = 0. The blocks that need a mask, on the causal diagonal, at a
 window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own.
@@ -73,19 +77,18 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.atomics import add_fragment, bulk_add
+from ..common.atomics import bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
+from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
 from .config import BackwardConfig
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
-SCORES = 1  # named barriers; barrier 0 is the CTA's
-DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # first of two each, one per MMA warpgroup
-HIDDEN = -1e18  # a masked score: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
+DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # named barriers, first of two each; barrier 0 is the CTA's
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -96,6 +99,8 @@ class Pipelines(NamedTuple):
     do: pipeline.PipelineTmaAsync
     ds_full: cute.Pointer  # mbarriers, one per stage
     ds_empty: cute.Pointer
+    p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
+    p_empty: cute.Pointer | None
 
 
 class Smem(NamedTuple):
@@ -106,7 +111,7 @@ class Smem(NamedTuple):
     q: cute.Tensor  # (tile_m, width, stages)
     do: cute.Tensor  # (tile_m, width_v, stages)
     ds: cute.Tensor  # (tile_m, tile_n, stages)
-    p: cute.Tensor | None  # (tile_m, tile_n, stages) where keys are shared
+    p: cute.Tensor | None  # (8, WARPGROUP, values / 8 of a thread), 16 bit, not swizzled, where products are shared
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
 
@@ -166,26 +171,17 @@ class Operands(NamedTuple):
     tSrQ: cute.Tensor
     tPrV: cute.Tensor
     tPrdO: cute.Tensor
-    tVrP: cute.Tensor  # registers, or shared P
+    tVrP: cute.Tensor  # registers
     tVrdO: cute.Tensor
-    tKrdS: cute.Tensor  # registers, or shared dS
+    tKrdS: cute.Tensor  # registers
     tKrQ: cute.Tensor
-    tQrdS: cute.Tensor
-    tQrK: cute.Tensor
+    tQrdS: cute.Tensor | None  # None where a warpgroup of its own multiplies dQ; so is the next one
+    tQrK: cute.Tensor | None
     rP: cute.Tensor  # registers of P in 16 bit, laid out as acc_S
     rdS: cute.Tensor  # registers of dS in 16 bit, likewise
     acc_S: cute.Tensor  # registers, fp32; so are the next two
     acc_dK: cute.Tensor
     acc_dV: cute.Tensor
-
-
-class Place(NamedTuple):
-    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
-
-    tidx: Int32  # of the MMA threads
-    wg: Int32
-    row: Int32  # of the tile's keys
-    column: Int32  # of the block's queries: its warpgroup's first
 
 
 class Context(NamedTuple):
@@ -199,7 +195,7 @@ class Context(NamedTuple):
     place: Place
 
 
-class Backward:
+class Backward(Roles):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
@@ -209,50 +205,47 @@ class Backward:
         self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
-        self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
+        self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
+        self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
         self.stores_by_tma = config.stores_by_tma
-        self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
-        self.dk_columns = self.head_dim if self.splits_keys else self.width
-        self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
+        self.dk_columns, self.dv_columns = (
+            columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
+        )
+        self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
-        self.mma_registers, self.producer_registers = config.registers
+        self.k_slices, self.v_slices = config.k_slices, config.v_slices
+        self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
     def _layouts(self) -> Layouts:
-        half = 1 if self.splits_keys else 2  # of the columns are multiplied together
-        dq = self.width if self.dq_by_rows else self.width // 2
-        unit, unit_v = self.width // half, self.width_v // half
+        splits_dq = not self.has_dq_warpgroup and not self.dq_by_rows  # each warpgroup has half of its columns
         return Layouts(
-            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
+            k=smem_layout(self.dtype, self.tile_n, self.width, 1, self.width // 2 if splits_dq else None),
             v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
-            q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
-            do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
+            q=smem_layout(self.dtype, self.tile_m, self.width, self.stages),
+            do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages),
             scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
-            dk=smem_layout(self.dtype, 64, self.dk_columns, 1),
-            dv=smem_layout(self.dtype, 64, self.dv_columns, 1),
+            dk=smem_layout(self.dtype, 64, self.head_dim, 1),
+            dv=smem_layout(self.dtype, 64, self.head_dim_v, 1),
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
-        """Multiplications into so many columns of dK, dV and dQ of both warpgroups."""
-        by_rows, by_columns = (2, 1), (1, 2)
-        if self.splits_keys:
-            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_rows, self.tile_m)
-            dk, dv = (
-                tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), by_rows, columns, a_in_registers=True)
-                for columns in (dk_columns, dv_columns)
-            )
-        else:
-            sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), by_columns, self.tile_m // 2)
-            dk, dv = (
-                tiled_mma(self.dtype, (MN_MAJOR, MN_MAJOR), by_columns, columns // 2)
-                for columns in (dk_columns, dv_columns)
-            )
-        dq = tiled_mma(
-            self.dtype,
-            (K_MAJOR, MN_MAJOR),
-            by_rows if self.dq_by_rows else by_columns,
-            dq_columns if self.dq_by_rows else dq_columns // 2,
+        """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
+        halves, as ptxas takes no instruction with more registers than a thread has at its start."""
+        by_rows, by_columns, alone = (2, 1), (1, 2), (1, 1)
+        rows = by_rows if self.splits_keys else alone
+        sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), rows, self.tile_m)
+        dk, dv = (
+            tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), rows, columns if columns <= 192 else 128, a_in_registers=True)
+            for columns in (dk_columns, dv_columns)
         )
+        split = alone if self.has_dq_warpgroup else by_rows if self.dq_by_rows else by_columns
+        dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
         return Mmas(sdp, dk, dv, dq)
+
+    def _sums_mma(self) -> cute.TiledMma:
+        """The multiplication whose accumulators the sums of dQ are laid out as, of two warpgroups."""
+        split = (2, 1) if self.dq_by_rows else (1, 2)
+        return tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, self.dq_columns // split[1])
 
     def _shared_storage(self, layouts: Layouts) -> type:
         def buffer(layout: cute.ComposedLayout | None) -> type:
@@ -267,13 +260,17 @@ class Backward:
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             ds_full: cute.struct.MemRange[cutlass.Int64, self.stages]
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
+            p_full: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
+            p_empty: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
             sQ: buffer(layouts.q)  # type: ignore[valid-type]
             sdO: buffer(layouts.do)  # type: ignore[valid-type]
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
-            sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
+            sP: cute.struct.Align[
+                cute.struct.MemRange[self.dtype, 0 if self.splits_keys else self.tile_m * self.tile_n], 1024
+            ]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
 
         return SharedStorage
@@ -313,11 +310,11 @@ class Backward:
                 (load, mV, layouts.v, self.tile_n, self.width_v),
                 (load, mQ, layouts.q, self.tile_m, self.width),
                 (load, mdO, layouts.do, self.tile_m, self.width_v),
-                (store, mdK, layouts.dk, 64, self.dk_columns),
-                (store, mdV, layouts.dv, 64, self.dv_columns),
+                (store, mdK, layouts.dk, 64, self.head_dim),
+                (store, mdV, layouts.dv, 64, self.head_dim_v),
             )
         ]
-        mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
+        mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
         scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
@@ -338,7 +335,7 @@ class Backward:
             heads // mK.shape[1],
         ).launch(
             grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
-            block=[WARPGROUP + THREADS, 1, 1],
+            block=[WARPGROUP * (1 + self.warpgroups), 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
@@ -354,7 +351,7 @@ class Backward:
             store_atom,
             mdQ_tma,
             sdQ_layout,
-            mmas.dq,
+            self._sums_mma(),
             softmax_scale,
             self.dtype,
             self.tile_m,
@@ -380,6 +377,7 @@ class Backward:
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
+        exchanged = cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP)))
         smem = Smem(
             *(
                 buffer.get_tensor(layout.outer, swizzle=layout.inner)
@@ -391,24 +389,34 @@ class Backward:
                     (storage.sdS, layouts.scores),
                 )
             ),
-            None if self.splits_keys else storage.sP.get_tensor(layouts.scores.outer, swizzle=layouts.scores.inner),
+            None if self.splits_keys else storage.sP.get_tensor(exchanged),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
         )
         width = self.dtype.width // 8
+        # Warps that read K, V and both of Q and dO, that write dS and that read it.
+        main, dq = THREADS // 32, WARPGROUP // 32 if self.has_dq_warpgroup else 0
+        on_k, on_v, writing, reading = (
+            (main + dq, main, main, dq or main) if self.splits_keys else (main, main // 2, main // 2, dq)
+        )
         pipelines = Pipelines(
-            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
-            self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
-            self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
-            self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
+            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width, on_k),
+            self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width, on_v),
+            self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8), main),
+            self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width, main),
             storage.ds_full.data_ptr(),
             storage.ds_empty.data_ptr(),
+            None if self.splits_keys else storage.p_full.data_ptr(),
+            None if self.splits_keys else storage.p_empty.data_ptr(),
         )
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(storage.ds_full.data_ptr() + i, THREADS // 32)
-                    cute.arch.mbarrier_init(storage.ds_empty.data_ptr() + i, THREADS // 32)
+                    cute.arch.mbarrier_init(pipelines.ds_full + i, writing)
+                    cute.arch.mbarrier_init(pipelines.ds_empty + i, reading)
+                if cutlass.const_expr(not self.splits_keys):
+                    cute.arch.mbarrier_init(pipelines.p_full, writing)
+                    cute.arch.mbarrier_init(pipelines.p_empty, writing)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
@@ -423,17 +431,29 @@ class Backward:
                     self.add_dq(
                         atoms, gmem, scratch, smem.dq, layouts, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1
                     )
+        elif cutlass.const_expr(self.has_dq_warpgroup):
+            if warp_idx < 12:
+                cute.arch.setmaxregister_increase(self.mma_registers)
+                if cutlass.const_expr(self.splits_keys):
+                    self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+                elif warp_idx < 8:
+                    self.score(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+                else:
+                    self.differentiate(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+            else:
+                cute.arch.setmaxregister_decrease(self.dq_registers)
+                self.multiply_dq(gmem, scratch, smem, pipelines, tiles, mmas, scoring.window, qhead_per_kvhead)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+            self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
 
-    def _pipeline(self, barriers, stages: int, num_bytes: int) -> pipeline.PipelineTmaAsync:
-        """Pipeline from the producer to all MMA warps, of so many bytes a stage, filled-up zeros included."""
+    def _pipeline(self, barriers, stages: int, num_bytes: int, warps: int) -> pipeline.PipelineTmaAsync:
+        """Pipeline from the producer to so many warps, of so many bytes a stage, filled-up zeros included."""
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=barriers.data_ptr(),
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, THREADS // 32),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, warps),
             tx_count=num_bytes,
             defer_sync=True,
         )
@@ -551,45 +571,39 @@ class Backward:
         return cute.make_tensor(pointer, layout.outer)[None, None, 0]
 
     def _operands(self, mmas: Mmas, smem: Smem, wg: Int32) -> Operands:
-        # Partitioned as if all columns that shared memory holds were multiplied; the WGMMAs may be narrower.
-        wide = self._mmas(self.width, self.width_v, self.width)
+        wide = self._partitions()
         sdp, dk, dv, dq = (mma.get_slice(wg * WARPGROUP) for mma in wide)
-
-        def scores(dtype: type[cutlass.Numeric]) -> cute.Tensor:
-            return cute.make_rmem_tensor(mmas.sdp.partition_shape_C((self.tile_n, self.tile_m)), dtype)
-
-        def accumulator(mma: cute.TiledMma, columns: int) -> cute.Tensor:
-            return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_n, columns)), Float32)
-
-        acc_S, rP, rdS = scores(Float32), scores(self.dtype), scores(self.dtype)
-        if self.splits_keys:
-            tVrP, tKrdS = fragments.as_operand_a(rP), fragments.as_operand_a(rdS)
-        else:
-            tVrP = dv.make_fragment_A(dv.partition_A(transposed(smem.p)))
-            tKrdS = dk.make_fragment_A(dk.partition_A(transposed(smem.ds)))
+        acc_S, rP, rdS = (self._accumulator(mmas.sdp, self.tile_m, t) for t in (Float32, self.dtype, self.dtype))
         return Operands(
             tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
             tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
             tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
             tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
-            tVrP=tVrP,
+            tVrP=fragments.as_operand_a(rP),
             tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
-            tKrdS=tKrdS,
+            tKrdS=fragments.as_operand_a(rdS),
             tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
-            tQrdS=dq.make_fragment_A(dq.partition_A(smem.ds)),
-            tQrK=dq.make_fragment_B(dq.partition_B(transposed(smem.k))),
+            tQrdS=None if self.has_dq_warpgroup else dq.make_fragment_A(dq.partition_A(smem.ds)),
+            tQrK=None if self.has_dq_warpgroup else dq.make_fragment_B(dq.partition_B(transposed(smem.k))),
             rP=rP,
             rdS=rdS,
             acc_S=acc_S,
-            acc_dK=accumulator(mmas.dk, self.dk_columns),
-            acc_dV=accumulator(mmas.dv, self.dv_columns),
+            acc_dK=self._accumulator(mmas.dk, self.dk_columns),
+            acc_dV=self._accumulator(mmas.dv, self.dv_columns),
         )
+
+    def _partitions(self) -> Mmas:
+        """To partition shared memory with, as if all columns that it holds were multiplied; WGMMAs may be narrower."""
+        return self._mmas(self.width, self.width_v, _round_up(self.dq_chunk, 64))
+
+    def _accumulator(self, mma: cute.TiledMma, columns: int, dtype: type[cutlass.Numeric] = Float32) -> cute.Tensor:
+        """Registers of a product of tile_n keys with so many columns."""
+        return cute.make_rmem_tensor(mma.partition_shape_C((self.tile_n, columns)), dtype)
 
     @cute.jit
     def mma(
         self,
         gmem: Gmem,
-        scratch: Scratch,
         smem: Smem,
         pipelines: Pipelines,
         tiles: Tiles,
@@ -603,19 +617,14 @@ class Backward:
         tidx = tidx - WARPGROUP
         wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
         lane_row = tidx % WARPGROUP // 32 * 16 + tidx % 32 // 4
-        if cutlass.const_expr(self.splits_keys):
-            place = Place(tidx, wg, wg * 64 + lane_row, Int32(0))
-        else:
-            place = Place(tidx, wg, lane_row, wg * (self.tile_m // 2))
+        place = Place(tidx, wg, wg * 64 + lane_row)
         regs = self._operands(mmas, smem, wg)
         context = Context(mmas, regs, smem, pipelines, scoring, place)
-        if cutlass.const_expr(self.splits_keys):
-            if wg == 0:
-                cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
+        if wg == 0:
+            cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        seqlen_k = gmem.k.shape[0]
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
@@ -631,32 +640,25 @@ class Backward:
             pipelines.v.consumer_wait(kv_state)
             regs.acc_dK.fill(0.0)
             regs.acc_dV.fill(0.0)
-            sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
-            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
             if cutlass.const_expr(self.has_window):
                 for i in cutlass.range(end - unmasked_end, unroll=1):
                     limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
-                        block = first_block + g * blocks + end - 1 - i
-                        self._block(
-                            context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator
-                        )
+                        self._block(context, q_state, left == total - 1, left, limits)
                         q_state.advance()
-            for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+            for _ in cutlass.range(unmasked_end - unmasked_start, unroll=1):
+                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
-                    block = first_block + g * blocks + unmasked_end - 1 - i
-                    self._block(context, q_state, left == total - 1, left, None, sums[None, Int64(block)].iterator)
+                    self._block(context, q_state, left == total - 1, left, None)
                     q_state.advance()
             for i in cutlass.range(unmasked_start - start, unroll=1):
                 limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
-                    block = first_block + g * blocks + unmasked_start - 1 - i
-                    self._block(context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator)
+                    self._block(context, q_state, left == total - 1, left, limits)
                     q_state.advance()
-            if cutlass.const_expr(self.splits_keys):
+            if cutlass.const_expr(not self.has_dq_warpgroup):
                 if total > 0:
                     cute.arch.mbarrier_wait(
                         pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
@@ -664,7 +666,7 @@ class Backward:
                 acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
                 warpgroup.wait_group(0)
                 if total > 0:
-                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, sums[None, Int64(0)].iterator)
+                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index)
             warpgroup.wait_group(0)
             pipelines.k.consumer_release(kv_state)
             pipelines.v.consumer_release(kv_state)
@@ -690,7 +692,6 @@ class Backward:
         is_first: Boolean,  # of its tile
         left: Int32,  # how many blocks of this tile come after this one
         limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
-        target: cute.Pointer,  # this thread's first sum of dQ
     ) -> None:
         """All of one block of queries, whose S is being multiplied already, and the next one's S."""
         mmas, regs, smem, pipelines, scoring, place = context
@@ -712,40 +713,46 @@ class Backward:
         self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
         tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
         tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
-        if cutlass.const_expr(self.splits_keys):
-            cute.arch.barrier(barrier_id=TURN + place.wg, number_of_threads=THREADS)
-            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
-            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
-            cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
-            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
-            self._arrive(pipelines.ds_full + stage)
+        cute.arch.barrier(barrier_id=TURN + place.wg, number_of_threads=THREADS)
+        issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
+        issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
+        cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
+        self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+        self._arrive(pipelines.ds_full + stage)
+        if cutlass.const_expr(self.has_dq_warpgroup):
+            warpgroup.wait_group(1)  # dV: frees the registers of P
+            following = state.clone()
+            following.advance()
+            if left > 0:
+                pipelines.q.consumer_wait(following)
+            self._issue_s(mmas, regs, following)
+            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
+            warpgroup.wait_group(1)  # dK
+            self._release(pipelines, state)
+        else:
             dq_stage = 1 - stage
             if not is_first:
                 cute.arch.mbarrier_wait(pipelines.ds_full + dq_stage, state.phase ^ dq_stage)
-        else:
-            dq_stage = stage
-            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place)
-            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
-            cute.arch.barrier(barrier_id=SCORES, number_of_threads=THREADS)
-            tVrP, tKrdS = tVrP[None, None, None, stage], tKrdS[None, None, None, stage]
-            issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
-            issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
-        warpgroup.wait_group(1)  # dV: frees the registers of P
-        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
-        warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
+            warpgroup.wait_group(1)
+            acc_dQ = self._issue_dq(mmas, regs, dq_stage)
+            warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
+            self._release(pipelines, state)
+            following = state.clone()
+            following.advance()
+            if left > 0:
+                pipelines.q.consumer_wait(following)
+            self._issue_s(mmas, regs, following)
+            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
+            warpgroup.wait_group(1)
+            if not is_first:
+                self._give_dq(acc_dQ, smem, pipelines, place, dq_stage)
+
+    @cute.jit
+    def _release(self, pipelines: Pipelines, state: pipeline.PipelineState) -> None:
+        """A block's Q, statistics and dO."""
         cute.arch.sync_warp()  # all lanes have read its statistics
         pipelines.q.consumer_release(state)
         pipelines.do.consumer_release(state)
-        following = state.clone()
-        following.advance()
-        if left > 0:
-            pipelines.q.consumer_wait(following)
-        self._issue_s(mmas, regs, following)
-        if cutlass.const_expr(self.splits_keys):
-            cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
-        warpgroup.wait_group(1)
-        if not self.splits_keys or not is_first:
-            self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
 
     @cute.jit
     def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
@@ -755,28 +762,32 @@ class Backward:
         return acc_dQ
 
     @cute.jit
-    def _give_dq(
+    def _give_dq(self, acc_dQ: cute.Tensor, smem: Smem, pipelines: Pipelines, place: Place, stage: Int32) -> None:
+        """This warpgroup's dQ to the warp that adds it."""
+        self._arrive(pipelines.ds_empty + stage)
+        values = range(0, self.dq_values, 4)
+        self._stage_dq(acc_dQ.iterator, 0, values, smem, place.tidx % WARPGROUP, place.wg)
+
+    @cute.jit
+    def _stage_dq(
         self,
-        acc_dQ: cute.Tensor,
+        registers: cute.Pointer,
+        offset: cutlass.Constexpr[int],  # of dQ's value in the first register
+        values: cutlass.Constexpr[range],  # first ones of four
         smem: Smem,
-        pipelines: Pipelines,
-        place: Place,
-        stage: Int32,
-        target: cute.Pointer,
+        thread: Int32,  # of its warpgroup
+        part: Int32,
     ) -> None:
-        """dQ to the warp that adds it, or to memory right here."""
-        if cutlass.const_expr(self.splits_keys):
-            self._arrive(pipelines.ds_empty + stage)
-        if cutlass.const_expr(self.stages_dq):
-            cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
-            store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
-            for i in cutlass.range_constexpr(self.dq_values // 4):
-                values = cute.make_tensor(acc_dQ.iterator + 4 * i, cute.make_layout(4))
-                cute.copy(store, values, smem.dq[None, place.tidx % WARPGROUP, i, place.wg])
+        """Values of one of the two parts of dQ to the warp that adds it, once it has all of them."""
+        if cutlass.const_expr(values.start % self.dq_values == 0):
+            cute.arch.barrier(barrier_id=DQ_EMPTY + part, number_of_threads=WARPGROUP + 32)
+        store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+        for i in cutlass.range_constexpr(len(values)):
+            source = cute.make_tensor(registers + (values[i] - offset), cute.make_layout(4))
+            cute.copy(store, source, smem.dq[None, thread, values[i] % self.dq_values // 4, part])
+        if cutlass.const_expr(values.stop % self.dq_values == 0):
             cute.arch.fence_view_async_shared()
-            cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
-        else:
-            add_fragment(target, acc_dQ, WARPGROUP)
+            cute.arch.barrier_arrive(barrier_id=DQ_FULL + part, number_of_threads=WARPGROUP + 32)
 
     @cute.jit
     def _arrive(self, mbarrier: cute.Pointer) -> None:
@@ -787,10 +798,9 @@ class Backward:
 
     def _statistics(self, smem: Smem, stage: Int32, first: int, place: Place) -> cute.Tensor:
         """(2, n) fp32: lse, or δ from row ``first`` = tile_m on, of this thread's n pairs of queries."""
-        queries = self.tile_m if self.splits_keys else self.tile_m // 2
-        offset = first + place.column + place.tidx % 4 * 2
+        offset = first + place.tidx % 4 * 2
         pointer = (smem.statistics[None, stage].iterator + offset).align(8)
-        return cute.make_tensor(pointer, cute.make_layout((2, queries // 8), stride=(1, 8)))
+        return cute.make_tensor(pointer, cute.make_layout((2, self.tile_m // 8), stride=(1, 8)))
 
     @cute.jit
     def _weights(self, regs: Operands, lse: cute.Tensor, scoring: Scoring) -> None:
@@ -843,9 +853,9 @@ class Backward:
 
     @cute.jit
     def _limits(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: Window | None):
-        """``(starts, ends)`` of the queries that see each of this thread's two keys, counted from the first query that
-        this warpgroup has of the block; ends is None without a window."""
-        first_query = m_block * self.tile_m + place.column
+        """``(starts, ends)`` of the queries that see each of this thread's two keys, counted from the first query of
+        the block; ends is None without a window."""
+        first_query = m_block * self.tile_m
         starts = cute.make_rmem_tensor(2, Int32)
         ends = cute.make_rmem_tensor(2, Int32) if cutlass.const_expr(self.has_window) else None
         for r in cutlass.range_constexpr(2):
@@ -889,17 +899,26 @@ class Backward:
         place: Place,
         scale: Float32,
     ) -> None:
-        """Round scale · acc and write this thread's two rows; a quad writes 16 neighbouring bytes at a time."""
+        """Round scale · acc and write this thread's two rows; a quad writes 64 neighbouring bytes at a time."""
         pairs = cute.recast_tensor(self._round(acc, scale), Int32)
         groups = cute.size(pairs) // 2  # of eight columns
-        first_group = Int32(0) if cutlass.const_expr(self.splits_keys) else place.wg * groups
         lane = place.tidx % 4
+        store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=128)
         for r in cutlass.range_constexpr(2):
             row = first_key + 8 * r
-            if row < mX.shape[0]:
-                for v in cutlass.range_constexpr(groups):
-                    if (first_group + v) * 4 < mX.shape[1]:
-                        mX[row, (first_group + v) * 4 + lane] = pairs[2 * v + r]
+            for v in cutlass.range_constexpr(0, groups, 4):
+                values = cute.make_rmem_tensor(4, Int32)
+                for j in cutlass.range_constexpr(4):
+                    values[j] = pairs[2 * min(v + j, groups - 1) + r]
+                fragments.transpose_in_quad(values)  # now all eight columns of one group
+                group = v + lane
+                if row < mX.shape[0] and group * 4 < mX.shape[1]:
+                    target = cute.zipped_divide(mX[row, None], (4,))[None, group].iterator
+                    cute.copy(store, values, cute.make_tensor(target.align(16), cute.make_layout(4)))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def example_arguments(key: KernelKey) -> tuple:

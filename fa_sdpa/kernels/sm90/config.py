@@ -111,11 +111,11 @@ class ForwardConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
-    """Tile of the backward kernel, which has two MMA warpgroups. Raises ValueError if it cannot be built.
+    """Tile of the backward kernel. Raises ValueError if it cannot be built.
 
-    With ``tile_n`` 128 each warpgroup has 64 keys, all columns of dK and dV for them, and P and dS stay in its
-    registers. With 64 both have all keys, each half of the columns and half of the queries of S and dP; that serves the
-    head dims at which dK and dV of 64 keys are too many registers for one warpgroup.
+    With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
+    keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for
+    one warpgroup. A third one multiplies dQ where that leaves the others enough registers.
     """
 
     head_dim: int
@@ -133,6 +133,8 @@ class BackwardConfig:
             raise ValueError(f"{self.tile_n=} must be 64 or 128")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
+        if self.tile_m != 64 and not self.splits_keys:
+            raise ValueError(f"{self.tile_m=} must be 64 with {self.tile_n=}")
         if self.stages != 2:
             raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
         if self.smem_bytes > SMEM_PER_BLOCK:
@@ -142,26 +144,61 @@ class BackwardConfig:
 
     @property
     def mma_warpgroups(self) -> int:
-        return 2
+        return 3 if self.has_dq_warpgroup else 2
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Registers per thread of an MMA warpgroup and of the producer after reallocation (64 K per SM)."""
-        return 240, 24
+    def registers(self) -> tuple[int, int, int]:
+        """Registers per thread of an MMA warpgroup, of the producer, and of dQ's warpgroup or 0, after reallocation
+        (64 K per SM)."""
+        if not self.has_dq_warpgroup:
+            return 240, 24, 0
+        dq = _round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
+        return (512 - 24 - dq) // 16 * 8, 24, dq
 
     @property
     def splits_keys(self) -> bool:
         """Whether each MMA warpgroup has keys of its own."""
-        return self.tile_n == 64 * self.mma_warpgroups
+        return self.tile_n == 128
+
+    @property
+    def has_dq_warpgroup(self) -> bool:
+        """Whether a warpgroup of its own multiplies dQ: with shared keys, or if the others have 192 registers left, for
+        dK and dV of 64 keys, S, dP and 32 more."""
+        fits = self.head_dim_mma <= 144 and self.head_dim_mma + self.head_dim_v_mma <= 192
+        return self.tile_m == 64 and (fits or not self.splits_keys)
+
+    @property
+    def k_slices(self) -> int:
+        """16 columns each of K that one warpgroup keeps in registers, as operand of S, where products are shared."""
+        return self._slices(self.head_dim_mma, self.head_dim_v_mma)
+
+    @property
+    def v_slices(self) -> int:
+        """16 columns each of V that the other warpgroup keeps in registers, as operand of dP."""
+        return self._slices(self.head_dim_v_mma, self.head_dim_mma)
+
+    def _slices(self, columns: int, accumulated: int) -> int:
+        """Slices of 4 registers beside S and P in 16 bit, or dP and dS, and dV or dK of so many columns."""
+        if self.splits_keys:
+            return 0
+        sums = accumulated if accumulated <= 192 else 256
+        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - sums // 2
+        return max(0, min(columns // 16, room // 4))
+
+    @property
+    def dq_chunk(self) -> int:
+        """Columns of dQ that are multiplied at a time: one 128-byte row of shared memory where the registers of the
+        others are worth more than reading dS again, else all."""
+        return self.dq_columns if self.splits_keys else 64
 
     @property
     def head_dim_mma(self) -> int:
-        """Depth of Q Kᵀ, and columns of dK where the warpgroups do not share them."""
+        """Depth of Q Kᵀ, and columns of dK up to 192."""
         return _round_up(self.head_dim, 16)
 
     @property
     def head_dim_v_mma(self) -> int:
-        """Depth of dO Vᵀ, and columns of dV where the warpgroups do not share them."""
+        """Depth of dO Vᵀ, and columns of dV up to 192."""
         return _round_up(self.head_dim_v, 16)
 
     @property
@@ -177,12 +214,14 @@ class BackwardConfig:
     @property
     def dq_by_rows(self) -> bool:
         """Whether each MMA warpgroup computes dQ of 64 rows, or half of the columns of all."""
-        return self.tile_m == 64 * self.mma_warpgroups
+        return self.tile_m == 128
 
     @property
     def dq_columns(self) -> int:
-        """Columns of dQ that are multiplied."""
-        return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
+        """Columns of dQ that are multiplied: as many as Q has where one WGMMA has all of them. Parts of them begin at
+        whole rows of shared memory."""
+        at_once = self.dq_by_rows or self.has_dq_warpgroup and self.splits_keys and self.head_dim > 64
+        return self.head_dim_mma if at_once else self.head_dim_smem
 
     @property
     def scratch_per_block(self) -> int:
@@ -197,9 +236,9 @@ class BackwardConfig:
     @property
     def stores_by_tma(self) -> bool:
         """Whether dK and dV, one after the other, are stored from dQ's shared memory; if not, from registers."""
-        room = 4 * self.tile_m * self.dq_columns // self.mma_warpgroups
+        room = 4 * self.tile_m * self.dq_columns // 2
         tile = 2 * 64 * max(self.head_dim_mma, self.head_dim_v_mma)
-        return self.splits_keys and self.stages_dq and tile <= room
+        return not self.has_dq_warpgroup and tile <= room
 
     @property
     def smem_bytes(self) -> int:
@@ -207,11 +246,13 @@ class BackwardConfig:
         return self._smem_bytes(self.stages_dq)
 
     def _smem_bytes(self, stages_dq: bool) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
+        """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
+        warpgroup to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
-        scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
+        scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        tiles += 0 if self.splits_keys else 2 * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
@@ -363,8 +404,13 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
-    tile_m / 2 each of S, dP and dQ. A softcap needs some more. Shared memory holds 128 keys beside two stages of 64
-    queries and their dQ if 768 bytes for each column of Q and 512 for each of V (padded to 64) are within 192 KB.
+    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds
+    128 keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V
+    (padded to 64) are within 192 KB. Else the warpgroups share 64 keys.
+
+    For speed, on an H100 (bf16, 4k, full / causal, TFLOP/s), the third warpgroup: d80 444 / 382 → 486 / 425, d96
+    484 / 430 → 544 / 485; and keys shared by products instead of columns: d192 381 / 342 → 420 / 380, d256 381 / 354 →
+    424 / 386.
     """
     columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
     smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)

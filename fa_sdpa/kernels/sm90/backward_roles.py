@@ -1,0 +1,420 @@
+"""Warpgroups of the backward that have some of its five products each, instead of some of a tile's keys.
+
+    multiply_dq      dQ, where the registers of the others have no room for it
+    score            S, P and dV of 64 keys    } head dims whose dK and dV are
+    differentiate    dP, dS and dK of them     } too many registers for one
+
+Pᵀ and dSᵀ of 64 keys × tile_m queries are the register operands of dV and dK, and each of S, dP, dV and dK is one WGMMA
+of all columns that it has: shared memory delivers Q, dO and K or V once for each, and not once for each warpgroup. P
+goes to `differentiate` in 16 bit through shared memory, each thread's values to the same thread of the other warpgroup
+(with a softcap times its derivative, which dV does without); dS goes to `multiply_dq` as usual. What registers are left
+hold the first columns of K and V (config.k_slices, v_slices).
+
+Timeline, block i (‖: at the same time; each warpgroup goes on at its own pace):
+    score            wait for S_i; P_i = 2^(…), to shared memory; dV += P_i dO_i  ‖  S_{i+1} = K Q_{i+1}ᵀ
+    differentiate    wait for dP_i and P_i; dS_i = P_i ∘ (dP_i - δ_i), to shared memory; dK += dS_i Q_i  ‖  dP_{i+1}
+    multiply_dq      wait for dS_i; dQ_i = dS_i K, dq_chunk columns at a time, to shared memory or to its sums
+
+A tile's last S and dP are products of whatever shared memory holds, which nothing reads, as in backward.py.
+"""
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64, pipeline
+from cutlass.cute.nvgpu import warp, warpgroup
+
+from ..common import fragments, softmax
+from ..common.atomics import add_fragment
+from ..common.mask import mask_left, mask_right
+from ..common.scheduler import Tiles
+from .backward_rows import WARPGROUP, Scratch
+from .wgmma import K_MAJOR, issue, tiled_mma, transposed
+
+if TYPE_CHECKING:
+    from ..common.blocks import Window
+    from .backward import Gmem, Mmas, Pipelines, Scoring, Smem
+
+HIDDEN = -1e18  # a masked score that is capped: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
+
+
+class Place(NamedTuple):
+    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+
+    tidx: Int32  # of the threads that compute S
+    wg: Int32
+    row: Int32  # of the tile's keys
+
+
+class ScoreOperands(NamedTuple):
+    """Descriptors and registers of `score`; see Operands."""
+
+    tSrK: cute.Tensor
+    tSrQ: cute.Tensor
+    tVrP: cute.Tensor
+    tVrdO: cute.Tensor
+    rK: cute.Tensor | None  # registers of the first columns of K
+    rP: cute.Tensor
+    acc_S: cute.Tensor
+    acc_dV: cute.Tensor
+
+
+class GradientOperands(NamedTuple):
+    """Descriptors and registers of `differentiate`."""
+
+    tPrV: cute.Tensor
+    tPrdO: cute.Tensor
+    tKrdS: cute.Tensor
+    tKrQ: cute.Tensor
+    rV: cute.Tensor | None  # registers of the first columns of V
+    rP: cute.Tensor
+    rdS: cute.Tensor
+    acc_dP: cute.Tensor
+    acc_dK: cute.Tensor
+
+
+class Roles:
+    """Part of Backward."""
+
+    @cute.jit
+    def multiply_dq(
+        self,
+        gmem: "Gmem",
+        scratch: Scratch,
+        smem: "Smem",
+        pipelines: "Pipelines",
+        tiles: Tiles,
+        mmas: "Mmas",
+        window: "Window | None",
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Warpgroup that multiplies dQ of every block, all of its columns."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        partition = self._partitions().dq.get_slice(0)
+        tQrdS = partition.make_fragment_A(partition.partition_A(smem.ds))
+        tQrK = partition.make_fragment_B(partition.partition_B(transposed(smem.k)))
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        heads = gmem.q.shape[2]
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, window)
+            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
+            pipelines.k.consumer_wait(kv_state)
+            for i in cutlass.range(end - start, unroll=1):
+                for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                    block = Int64(first_block + g * blocks + end - 1 - i)
+                    sums = scratch.sums[None, thread, None, None, block]
+                    cute.arch.mbarrier_wait(pipelines.ds_full + state.index, state.phase)
+                    self._dq_of_block(mmas, tQrdS[None, None, None, state.index], tQrK, smem, pipelines, state, sums)
+                    state.advance()
+            pipelines.k.consumer_release(kv_state)
+            kv_state.advance()
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _dq_of_block(
+        self,
+        mmas: "Mmas",
+        tQrdS: cute.Tensor,
+        tQrK: cute.Tensor,
+        smem: "Smem",
+        pipelines: "Pipelines",
+        state: pipeline.PipelineState,  # of dS
+        sums: cute.Tensor,  # (4, values / 4, 2) fp32, this thread's in global memory
+    ) -> None:
+        """dQ, dq_chunk columns at a time."""
+        chunks = self.dq_columns // self.dq_chunk
+        acc = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_chunk)), Float32)
+        for c in cutlass.range_constexpr(chunks):
+            tQrK_chunk = cute.logical_divide(tQrK[None, None, None, 0], (None, 1))[None, (None, c), None]
+            issue(mmas.dq, acc, tQrdS, tQrK_chunk, self.tile_n // 16, zero_init=True)
+            warpgroup.wait_group(0)
+            if cutlass.const_expr(c == chunks - 1):
+                self._arrive(pipelines.ds_empty + state.index)
+            self._add_chunk(acc, c, smem, sums)
+
+    @cute.jit
+    def _add_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem", sums: cute.Tensor) -> None:
+        """Chunk ``c`` of dQ to the warps that add its two parts, or to memory right here."""
+        first, size = c * cute.size(acc), cute.size(acc)
+        if cutlass.const_expr(not self.stages_dq):
+            target = sums[None, first % self.dq_values // 4, first // self.dq_values].iterator
+            add_fragment(target, acc, WARPGROUP)
+        for part in cutlass.range_constexpr(2 if self.stages_dq else 0):
+            begin, end = part * self.dq_values, (part + 1) * self.dq_values
+            if cutlass.const_expr(first < end and begin < first + size):
+                values = range(max(begin, first), min(end, first + size), 4)
+                self._stage_dq(acc.iterator, first, values, smem, cute.arch.thread_idx()[0] % WARPGROUP, part)
+
+    @cute.jit
+    def score(
+        self,
+        gmem: "Gmem",
+        smem: "Smem",
+        pipelines: "Pipelines",
+        tiles: Tiles,
+        mmas: "Mmas",
+        scoring: "Scoring",
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Warpgroup that multiplies S and dV of all tiles of this CTA."""
+        place = self._place_alone()
+        partition = self._partitions()
+        sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
+        rP = self._accumulator(mmas.sdp, self.tile_m, self.dtype)
+        regs = ScoreOperands(
+            tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
+            tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
+            tVrP=fragments.as_operand_a(rP),
+            tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
+            rK=self._first_columns(self.k_slices),
+            rP=rP,
+            acc_S=self._accumulator(mmas.sdp, self.tile_m),
+            acc_dV=self._accumulator(mmas.dv, self.dv_columns),
+        )
+        context = (mmas, regs, smem, pipelines, scoring, place)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        seqlen_k = gmem.k.shape[0]
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
+            if cutlass.const_expr(not self.has_window):
+                unmasked_end = end
+            first_key = n_block * self.tile_n + place.row
+            left = (end - start) * qhead_per_kvhead
+            pipelines.k.consumer_wait(kv_state)
+            self._load_columns(smem.k, regs.rK, place)
+            if left > 0:
+                pipelines.q.consumer_wait(state)
+            self._issue_scores(mmas, regs, state)
+            regs.acc_dV.fill(0.0)
+            if cutlass.const_expr(self.has_window):
+                for i in cutlass.range(end - unmasked_end, unroll=1):
+                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
+                    for _ in cutlass.range(qhead_per_kvhead, unroll=1):
+                        left -= 1
+                        self._score_block(context, state, left, limits)
+                        state.advance()
+            for _ in cutlass.range((unmasked_end - unmasked_start) * qhead_per_kvhead, unroll=1):
+                left -= 1
+                self._score_block(context, state, left, None)
+                state.advance()
+            for i in cutlass.range(unmasked_start - start, unroll=1):
+                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
+                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
+                    left -= 1
+                    self._score_block(context, state, left, limits)
+                    state.advance()
+            warpgroup.wait_group(0)
+            pipelines.k.consumer_release(kv_state)
+            kv_state.advance()
+            self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _score_block(
+        self,
+        context: tuple,  # as Context, of ScoreOperands
+        state: pipeline.PipelineState,  # of this block's Q and dO
+        left: Int32,  # how many blocks of this tile come after this one
+        limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
+    ) -> None:
+        """P and dV of one block of queries, whose S is being multiplied already, and the next one's S."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        stage = state.index
+        warpgroup.wait_group(0)
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
+        if cutlass.const_expr(limits is not None):
+            fill = -math.inf if scoring.cap_factor is None else HIDDEN
+            mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(self.has_window):
+                mask_right(regs.acc_S, limits[1], fill)
+        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        cute.arch.sync_warp()
+        pipelines.q.consumer_release(state)
+        rounded = cute.make_rmem_tensor(regs.acc_S.layout, self.dtype)  # P, or with a softcap P times its derivative
+        values, rounded = self._slices(regs.acc_S), self._slices(rounded)
+        for k in cutlass.range_constexpr(cute.size(values, mode=[1])):
+            rounded[None, k].store(values[None, k].load().to(self.dtype))
+            if cutlass.const_expr(not self.has_softcap):
+                self._slices(regs.rP)[None, k].store(rounded[None, k].load())
+        cute.arch.mbarrier_wait(pipelines.p_empty, stage ^ 1)
+        self._exchange_p(smem, place, rounded, writes=True)
+        self._arrive(pipelines.p_full)
+        pipelines.do.consumer_wait(state)
+        issue(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        following = state.clone()
+        following.advance()
+        if left > 0:
+            pipelines.q.consumer_wait(following)
+        self._issue_scores(mmas, regs, following)
+        warpgroup.wait_group(1)  # dV
+        pipelines.do.consumer_release(state)
+
+    @cute.jit
+    def differentiate(
+        self,
+        gmem: "Gmem",
+        smem: "Smem",
+        pipelines: "Pipelines",
+        tiles: Tiles,
+        mmas: "Mmas",
+        scoring: "Scoring",
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Warpgroup that multiplies dP and dK of all tiles of this CTA."""
+        place = self._place_alone()
+        partition = self._partitions()
+        sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
+        rP, rdS = (self._accumulator(mmas.sdp, self.tile_m, self.dtype) for _ in range(2))
+        regs = GradientOperands(
+            tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
+            tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
+            tKrdS=fragments.as_operand_a(rdS),
+            tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
+            rV=self._first_columns(self.v_slices),
+            rP=rP,
+            rdS=rdS,
+            acc_dP=self._accumulator(mmas.sdp, self.tile_m),
+            acc_dK=self._accumulator(mmas.dk, self.dk_columns),
+        )
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
+        while is_valid:
+            start, _, _, end = self._query_blocks(n_block, gmem, scoring.window)
+            first_key = n_block * self.tile_n + place.row
+            left = (end - start) * qhead_per_kvhead
+            pipelines.v.consumer_wait(kv_state)
+            self._load_columns(smem.v, regs.rV, place)
+            if left > 0:
+                pipelines.do.consumer_wait(state)
+            self._issue_dp(mmas, regs, state)
+            regs.acc_dK.fill(0.0)
+            for _ in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
+                left -= 1
+                self._differentiate_block(mmas, regs, smem, pipelines, place, state, left)
+                state.advance()
+            warpgroup.wait_group(0)
+            pipelines.v.consumer_release(kv_state)
+            kv_state.advance()
+            target = gmem.dk[None, None, head_kv, batch]
+            self._store(regs.acc_dK, target, first_key, place, scoring.softmax_scale)
+            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+
+    @cute.jit
+    def _issue_dp(self, mmas: "Mmas", regs: GradientOperands, state: pipeline.PipelineState) -> None:
+        tPrdO = regs.tPrdO[None, None, None, state.index]
+        self._issue_from(mmas, regs.acc_dP, regs.rV, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16)
+
+    @cute.jit
+    def _issue_scores(self, mmas: "Mmas", regs: ScoreOperands, state: pipeline.PipelineState) -> None:
+        tSrQ = regs.tSrQ[None, None, None, state.index]
+        self._issue_from(mmas, regs.acc_S, regs.rK, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16)
+
+    @cute.jit
+    def _issue_from(
+        self,
+        mmas: "Mmas",
+        acc: cute.Tensor,
+        first: cute.Tensor | None,  # registers of the first slices of A
+        tCrA: cute.Tensor,
+        tCrB: cute.Tensor,
+        slices: cutlass.Constexpr[int],
+    ) -> None:
+        """Issue acc = A Bᵀ over ``slices`` k-slices of 16 as one WGMMA group."""
+        held = 0 if first is None else cute.size(first, mode=[2])
+        warpgroup.fence()
+        for k in cutlass.range_constexpr(slices):
+            op = (self._from_registers() if k < held else mmas.sdp).op
+            atom = cute.make_mma_atom(op)
+            atom.set(warpgroup.Field.ACCUMULATE, k > 0)
+            A = first if cutlass.const_expr(k < held) else tCrA
+            cute.gemm(atom, acc, A[None, None, k], tCrB[None, None, k], acc)
+        warpgroup.commit_group()
+
+    def _from_registers(self) -> cute.TiledMma:
+        """S or dP with K or V in registers."""
+        return tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), (1, 1), self.tile_m, a_in_registers=True)
+
+    def _first_columns(self, slices: int) -> cute.Tensor | None:
+        """Registers for so many slices of 16 columns of a tile of keys."""
+        if not slices:
+            return None
+        shape = self._from_registers().partition_shape_A((self.tile_n, 16 * slices))
+        return cute.make_rmem_tensor(shape, self.dtype)
+
+    @cute.jit
+    def _load_columns(self, tile: cute.Tensor, columns: cute.Tensor | None, place: Place) -> None:
+        """The first columns of a tile of keys (tile_n, d, 1) to registers."""
+        if cutlass.const_expr(columns is not None):
+            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+            copy = cute.make_tiled_copy_A(atom, self._from_registers()).get_slice(place.tidx)
+            source, target = copy.partition_S(tile[None, None, 0]), copy.retile(columns)
+            for k in cutlass.range_constexpr(cute.size(columns, mode=[2])):
+                cute.copy(copy, source[None, None, k], target[None, None, k])
+
+    @cute.jit
+    def _differentiate_block(
+        self,
+        mmas: "Mmas",
+        regs: GradientOperands,
+        smem: "Smem",
+        pipelines: "Pipelines",
+        place: Place,
+        state: pipeline.PipelineState,  # of this block's Q and dO
+        left: Int32,  # how many blocks of this tile come after this one
+    ) -> None:
+        """dS and dK of one block of queries, whose dP is being multiplied already, and the next one's dP."""
+        stage = state.index
+        pipelines.q.consumer_wait(state)
+        delta = self._statistics(smem, stage, self.tile_m, place)
+        warpgroup.wait_group(0)
+        pipelines.do.consumer_release(state)
+        cute.arch.mbarrier_wait(pipelines.p_full, stage)
+        weights = self._slices(regs.rP)
+        self._exchange_p(smem, place, weights, writes=False)
+        self._arrive(pipelines.p_empty)
+        gradients, rounded = self._slices(regs.acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
+            wide = cute.make_rmem_tensor(8, Float32)
+            wide.store(weights[None, k].load().to(Float32))
+            for half in cutlass.range_constexpr(2):
+                pair = delta[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
+                    gradients[i, k] = wide[i] * (gradients[i, k] - pair[i % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+        cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
+        self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+        self._arrive(pipelines.ds_full + stage)
+        issue(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        following = state.clone()
+        following.advance()
+        if left > 0:
+            pipelines.do.consumer_wait(following)
+        self._issue_dp(mmas, regs, following)
+        warpgroup.wait_group(1)  # dK
+        cute.arch.sync_warp()  # all lanes have read δ
+        pipelines.q.consumer_release(state)
+
+    def _place_alone(self) -> Place:
+        """Where this thread's elements of S or dP are, of which its warpgroup has all."""
+        thread = cute.arch.thread_idx()[0] % WARPGROUP
+        return Place(thread, Int32(0), thread // 32 * 16 + thread % 32 // 4)
+
+    @cute.jit
+    def _exchange_p(self, smem: "Smem", place: Place, rounded: cute.Tensor, writes: cutlass.Constexpr[bool]) -> None:
+        """Write or read this thread's values of P, (8, n) registers of 16 bit."""
+        copy = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.dtype, num_bits_per_copy=128)
+        for k in cutlass.range_constexpr(cute.size(rounded, mode=[1])):
+            shared = smem.p[None, place.tidx, k]
+            if cutlass.const_expr(writes):
+                cute.copy(copy, rounded[None, k], shared)
+            else:
+                cute.copy(copy, shared, rounded[None, k])
