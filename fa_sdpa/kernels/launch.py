@@ -32,8 +32,7 @@ class _BackwardPlan(NamedTuple):
 
     run: Kernel
     num_sms: int
-    tile_m: int
-    scratch_per_block: int  # fp32 elements for each tile_m query rows of a head
+    config: sm90.BackwardConfig
 
 
 _plans: dict[tuple, _Plan] = {}
@@ -139,8 +138,11 @@ def attention_bwd(
     scale_log2, cap_factor = scale * LOG2_E, None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    blocks = batch * heads * -(-seqlen_q // plan.tile_m)
-    scratch = torch.empty(blocks * plan.scratch_per_block, dtype=torch.float32, device=query.device)
+    heads_kv, seqlen_k = key.shape[1:3]
+    tiles = -(-seqlen_k // plan.config.tile_n)
+    schedule = sm90.backward_schedule(batch * heads_kv, tiles, is_causal or left is not None, plan.num_sms)
+    size = plan.config.scratch(batch * heads, -(-seqlen_q // plan.config.tile_m), heads // heads_kv, schedule.slots)
+    scratch = torch.empty(size, dtype=torch.float32, device=query.device)
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
     arguments = (
         *inputs,
@@ -152,6 +154,7 @@ def attention_bwd(
         scale,
         scale_log2,
         plan.num_sms,
+        *schedule,
         left,
         right,
         cap_factor,
@@ -267,7 +270,7 @@ def _make_backward_plan(
     window, softcap = flags
     key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
     config = sm90.backward_config(head_dim, head_dim_v, softcap)
-    plan = _BackwardPlan(kernel(key), target.num_sms, config.tile_m, config.scratch_per_block)
+    plan = _BackwardPlan(kernel(key), target.num_sms, config)
 
     def keep() -> None:
         _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan

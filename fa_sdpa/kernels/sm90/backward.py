@@ -76,9 +76,21 @@ from ..common import fragments, softmax
 from ..common.atomics import add_fragment, bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
-from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
-from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
+from .backward_order import (
+    END,
+    ENTRIES,
+    FIELDS,
+    MULTIPLY,
+    PART_BLOCKS,
+    Order,
+    Queue,
+    Unit,
+    get_unit,
+    put_unit,
+    take_unit,
+)
+from .backward_rows import THREADS, WARPGROUP, Scratch, await_count, convert, count_up, prepare, split_scratch
 from .config import BackwardConfig
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
@@ -96,6 +108,7 @@ class Pipelines(NamedTuple):
     do: pipeline.PipelineTmaAsync
     ds_full: cute.Pointer  # mbarriers, one per stage
     ds_empty: cute.Pointer
+    units: Queue
 
 
 class Smem(NamedTuple):
@@ -130,6 +143,7 @@ class Gmem(NamedTuple):
     do: cute.Tensor  # (s_q, dv, h, b)
     dk: cute.Tensor  # (s_k, d, h_kv, b)
     dv: cute.Tensor  # (s_k, dv, h_kv, b)
+    dq: cute.Tensor  # (s_q, d, h, b), not for TMA
 
 
 class Atoms(NamedTuple):
@@ -180,11 +194,10 @@ class Operands(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+    """Which of the MMA threads this one is."""
 
     tidx: Int32  # of the MMA threads
     wg: Int32
-    row: Int32  # of the tile's keys
     column: Int32  # of the block's queries: its warpgroup's first
 
 
@@ -267,6 +280,9 @@ class Backward:
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             ds_full: cute.struct.MemRange[cutlass.Int64, self.stages]
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
+            units_full: cute.struct.MemRange[cutlass.Int64, ENTRIES]
+            units_empty: cute.struct.MemRange[cutlass.Int64, ENTRIES]
+            units: cute.struct.MemRange[Int32, FIELDS * ENTRIES]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
@@ -290,10 +306,14 @@ class Backward:
         mdQ: cute.Tensor,  # (b, h, s_q, d)
         mdK: cute.Tensor,  # (b, h_kv, s_k, d)
         mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
-        mScratch: cute.Tensor,  # fp32, BackwardConfig.scratch_per_block for each block of query rows of a head
+        mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
         num_sms: Int32,
+        section: Int32,  # this and the next three: see Order
+        sections: Int32,
+        lag: Int32,
+        slots: Int32,
         window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
         window_right: Int32 | None,
         cap_factor: Float32 | None,  # see Scoring
@@ -319,47 +339,37 @@ class Backward:
         ]
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
         batch, heads, seqlen_q, _ = mQ.shape
-        blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
-        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
-        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
-
-        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
-        bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
-        paired = Int64(batch * heads) * seqlen_q * bytes_per_query > L2_BYTES
-        tiles = Tiles(cute.ceil_div(mK.shape[2], self.tile_n), mK.shape[1], batch, paired)
+        blocks = cute.ceil_div(seqlen_q, self.tile_m)
+        heads_kv = mK.shape[1]
+        group = heads // heads_kv
+        all_blocks = Int64(blocks * heads * batch)
+        scratch = split_scratch(mScratch, all_blocks, Int64(slots * group * blocks), slots, self.tile_m, self.dq_values)
+        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
+            grid=[blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        parts = cute.ceil_div(blocks * group, PART_BLOCKS)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies)),
+            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ)),
             scratch,
-            Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
+            Scoring(
+                softmax_scale,
+                softmax_scale_log2,
+                Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None,
+                cap_factor,
+            ),
             mmas,
             layouts,
-            tiles,
-            heads // mK.shape[1],
+            Order(heads_kv, groups, tiles, parts, section, sections, lag, slots),
+            group,
         ).launch(
-            grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
+            grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
             block=[WARPGROUP + THREADS, 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-
-        unit = self.dq_columns if self.dq_by_rows else self.dq_columns // 2
-        sdQ_layout = smem_layout(self.dtype, self.tile_m, self.dq_columns, 1, unit)
-        store_atom, mdQ_tma = cpasync.make_tiled_tma_atom(
-            store, s_d_h_b(mdQ), cute.select(sdQ_layout, mode=[0, 1]), (self.tile_m, self.dq_columns)
-        )
-        finish(
-            scratch,
-            store_atom,
-            mdQ_tma,
-            sdQ_layout,
-            mmas.dq,
-            softmax_scale,
-            self.dtype,
-            self.tile_m,
-            self.dq_columns,
-        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(
@@ -370,7 +380,7 @@ class Backward:
         scoring: Scoring,
         mmas: Mmas,
         layouts: Layouts,
-        tiles: Tiles,
+        order: Order,
         qhead_per_kvhead: Int32,
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -403,29 +413,47 @@ class Backward:
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
             storage.ds_full.data_ptr(),
             storage.ds_empty.data_ptr(),
+            Queue(
+                storage.units.get_tensor(cute.make_layout((FIELDS, ENTRIES))),
+                storage.units_full.data_ptr(),
+                storage.units_empty.data_ptr(),
+            ),
         )
         if warp_idx == 0:
             with cute.arch.elect_one():
                 for i in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(storage.ds_full.data_ptr() + i, THREADS // 32)
                     cute.arch.mbarrier_init(storage.ds_empty.data_ptr() + i, THREADS // 32)
+                for i in cutlass.range_constexpr(ENTRIES):
+                    cute.arch.mbarrier_init(storage.units_full.data_ptr() + i, 1)
+                    cute.arch.mbarrier_init(
+                        storage.units_empty.data_ptr() + i, THREADS // 32 + (2 if self.stages_dq else 0)
+                    )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
-        cute.arch.griddepcontrol_launch_dependents()
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
-                self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+                self.load(atoms, gmem, scratch, smem, pipelines, order, scoring.window, qhead_per_kvhead)
             if cutlass.const_expr(self.stages_dq):
                 if warp_idx == 1 or warp_idx == 2:
                     self.add_dq(
-                        atoms, gmem, scratch, smem.dq, layouts, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1
+                        atoms,
+                        gmem,
+                        scratch,
+                        smem.dq,
+                        pipelines.units,
+                        layouts,
+                        order,
+                        scoring.window,
+                        qhead_per_kvhead,
+                        warp_idx - 1,
                     )
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(gmem, scratch, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+            self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
 
     def _pipeline(self, barriers, stages: int, num_bytes: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to all MMA warps, of so many bytes a stage, filled-up zeros included."""
@@ -439,13 +467,13 @@ class Backward:
         )
 
     @cute.jit
-    def _find_tile(self, step: Int32, tiles: Tiles):
-        """``find_tile`` for tiles of keys; where early keys are seen by more rows, they count from the end."""
-        later_cost_more = self.is_causal or self.has_window
-        step, is_valid, n_block, head_kv, batch = find_tile(step, tiles, later_cost_more)
-        if cutlass.const_expr(later_cost_more):
-            n_block = tiles.num_m_blocks - 1 - n_block
-        return step, is_valid, n_block, head_kv, batch
+    def _row(self, wg: Int32) -> Int32:
+        """Key of the tile of this thread's first row of S, of dK and of dV; its second is 8 keys further on."""
+        tidx = fragments.read_thread_idx() % WARPGROUP
+        row = tidx // 32 * 16 + tidx % 32 // 4
+        if cutlass.const_expr(self.splits_keys):
+            row += wg * 64
+        return row
 
     @cute.jit
     def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
@@ -459,36 +487,45 @@ class Backward:
         scratch: Scratch,
         smem: Smem,
         pipelines: Pipelines,
-        tiles: Tiles,
+        order: Order,
         window: Window | None,
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Producer warp, for each tile: K, V, then Q and dO of all blocks of all query heads of the group."""
+        """Producer warp: takes the units of this CTA, and loads for each tile K, V, then Q and dO of all blocks of all
+        query heads of the group."""
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, window)
-            load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
-            load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
-            kv_state.advance()
-            for i in cutlass.range(end - start, unroll=1):
-                m_block = end - 1 - i
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    head = head_kv * qhead_per_kvhead + g
-                    load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
-                    with cute.arch.elect_one():
-                        cute.copy(
-                            cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-                            scratch.statistics[None, Int64((batch * heads + head) * blocks + m_block)],
-                            smem.statistics[None, q_state.index],
-                            mbar_ptr=pipelines.q.producer_get_barrier(q_state),
-                        )
-                    load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
-                    q_state.advance()
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        longest_first = self.is_causal or self.has_window
+        turn = Int32(0)
+        unit = take_unit(scratch.next_unit.iterator, order, longest_first)
+        put_unit(pipelines.units, turn, unit, kv_state.phase ^ 1)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
+                load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
+                kv_state.advance()
+                for i in cutlass.range(end - start, unroll=1):
+                    m_block = end - 1 - i
+                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                        head = unit.head * qhead_per_kvhead + g
+                        gQ, gdO = gmem.q[None, None, head, unit.batch], gmem.do[None, None, head, unit.batch]
+                        load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
+                        with cute.arch.elect_one():
+                            cute.copy(
+                                cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
+                                scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
+                                smem.statistics[None, q_state.index],
+                                mbar_ptr=pipelines.q.producer_get_barrier(q_state),
+                            )
+                        load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
+                        q_state.advance()
+            turn += 1
+            unit = take_unit(scratch.next_unit.iterator, order, longest_first)
+            put_unit(pipelines.units, turn, unit, kv_state.phase ^ 1)
 
     @cute.jit
     def add_dq(
@@ -497,45 +534,50 @@ class Backward:
         gmem: Gmem,
         scratch: Scratch,
         sdQ: cute.Tensor,
+        units: Queue,
         layouts: Layouts,
-        tiles: Tiles,
+        order: Order,
         window: Window | None,
         qhead_per_kvhead: Int32,
         wg: Int32,
     ) -> None:
         """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
         dV and dK of every tile from there."""
-        heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         source = sdQ[None, 0, 0, wg].iterator
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, window)
-            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
-            for i in cutlass.range(end - start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    self._exchange_dq(wg)
-                    block = Int64(first_block + g * blocks + end - 1 - i)
-                    with cute.arch.elect_one():
-                        target = scratch.sums[None, 0, 0, wg, block].iterator
-                        bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
-                    cute.arch.cp_async_bulk_commit_group()
-            if cutlass.const_expr(self.stores_by_tma):
-                row_block = n_block * 2 + wg
-                for atom, mX, layout in (
-                    (atoms.dv, gmem.dv[None, None, head_kv, batch], layouts.dv),
-                    (atoms.dk, gmem.dk[None, None, head_kv, batch], layouts.dk),
-                ):
-                    self._exchange_dq(wg)
-                    sX = self._in_dq(sdQ, layout, wg)
-                    gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
-                    tXsX, tXgX = cpasync.tma_partition(
-                        atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-                    )
-                    cute.copy(atom, tXsX, tXgX)
-                    cute.arch.cp_async_bulk_commit_group()
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+        turn = Int32(0)
+        unit, _ = get_unit(units, turn)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                first_block = unit.slot * qhead_per_kvhead * blocks
+                await_count(scratch.converted, unit.slot, unit.generation * order.parts * (THREADS // 32))
+                for i in cutlass.range(end - start, unroll=1):
+                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
+                        self._exchange_dq(wg)
+                        block = Int64(first_block + g * blocks + end - 1 - i)
+                        with cute.arch.elect_one():
+                            target = scratch.sums[None, 0, 0, wg, block].iterator
+                            bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
+                        cute.arch.cp_async_bulk_commit_group()
+                if cutlass.const_expr(self.stores_by_tma):
+                    row_block = unit.index * 2 + wg
+                    for atom, mX, layout in (
+                        (atoms.dv, gmem.dv[None, None, unit.head, unit.batch], layouts.dv),
+                        (atoms.dk, gmem.dk[None, None, unit.head, unit.batch], layouts.dk),
+                    ):
+                        self._exchange_dq(wg)
+                        sX = self._in_dq(sdQ, layout, wg)
+                        gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
+                        tXsX, tXgX = cpasync.tma_partition(
+                            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+                        )
+                        cute.copy(atom, tXsX, tXgX)
+                        cute.arch.cp_async_bulk_commit_group()
+                cute.arch.cp_async_bulk_wait_group(0)
+                count_up(scratch.added, unit.slot)
+            turn += 1
+            unit, _ = get_unit(units, turn)
 
     @cute.jit
     def _exchange_dq(self, wg: Int32) -> None:
@@ -592,90 +634,137 @@ class Backward:
         scratch: Scratch,
         smem: Smem,
         pipelines: Pipelines,
-        tiles: Tiles,
+        order: Order,
         mmas: Mmas,
         layouts: Layouts,
         scoring: Scoring,
         qhead_per_kvhead: Int32,
     ) -> None:
-        """MMA warpgroup: all tiles of this CTA, its part of each."""
+        """MMA warpgroup: its part of all units of this CTA."""
         tidx, _, _ = cute.arch.thread_idx()
         tidx = tidx - WARPGROUP
         wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
-        lane_row = tidx % WARPGROUP // 32 * 16 + tidx % 32 // 4
-        if cutlass.const_expr(self.splits_keys):
-            place = Place(tidx, wg, wg * 64 + lane_row, Int32(0))
-        else:
-            place = Place(tidx, wg, lane_row, wg * (self.tile_m // 2))
+        place = Place(tidx, wg, Int32(0) if self.splits_keys else wg * (self.tile_m // 2))
         regs = self._operands(mmas, smem, wg)
         context = Context(mmas, regs, smem, pipelines, scoring, place)
         if cutlass.const_expr(self.splits_keys):
             if wg == 0:
                 cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        heads, seqlen_k = gmem.q.shape[2], gmem.k.shape[0]
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
-            if cutlass.const_expr(not self.has_window):
-                unmasked_end = end
-            first_key = n_block * self.tile_n + place.row
-            total = (end - start) * qhead_per_kvhead
-            left = total
-            pipelines.k.consumer_wait(kv_state)
-            if left > 0:
-                pipelines.q.consumer_wait(q_state)
-            self._issue_s(mmas, regs, q_state)
-            pipelines.v.consumer_wait(kv_state)
-            regs.acc_dK.fill(0.0)
-            regs.acc_dV.fill(0.0)
-            sums = scratch.sums[None, tidx % WARPGROUP, 0, wg, None]
-            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
-            if cutlass.const_expr(self.has_window):
-                for i in cutlass.range(end - unmasked_end, unroll=1):
-                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                        left -= 1
-                        block = first_block + g * blocks + end - 1 - i
-                        self._block(
-                            context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator
-                        )
-                        q_state.advance()
-            for i in cutlass.range(unmasked_end - unmasked_start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    block = first_block + g * blocks + unmasked_end - 1 - i
-                    self._block(context, q_state, left == total - 1, left, None, sums[None, Int64(block)].iterator)
-                    q_state.advance()
-            for i in cutlass.range(unmasked_start - start, unroll=1):
-                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    block = first_block + g * blocks + unmasked_start - 1 - i
-                    self._block(context, q_state, left == total - 1, left, limits, sums[None, Int64(block)].iterator)
-                    q_state.advance()
-            if cutlass.const_expr(self.splits_keys):
-                if total > 0:
-                    cute.arch.mbarrier_wait(
-                        pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
-                    )
-                acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
-                warpgroup.wait_group(0)
-                if total > 0:
-                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, sums[None, Int64(0)].iterator)
-            warpgroup.wait_group(0)
-            pipelines.k.consumer_release(kv_state)
-            pipelines.v.consumer_release(kv_state)
-            kv_state.advance()
-            if cutlass.const_expr(self.stores_by_tma):
-                self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
-                self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+        turn = Int32(0)
+        unit, kv_phase = get_unit(pipelines.units, turn)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                if cutlass.const_expr(not self.stages_dq):
+                    await_count(scratch.converted, unit.slot, unit.generation * order.parts * (THREADS // 32))
+                q_state = self._tile(context, gmem, scratch, layouts, unit, kv_phase, q_state, qhead_per_kvhead)
+                if cutlass.const_expr(not self.stages_dq):
+                    count_up(scratch.added, unit.slot)
             else:
-                self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
-                self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+                adders = 2 if cutlass.const_expr(self.stages_dq) else THREADS // 32
+                await_count(scratch.added, unit.slot, (unit.generation + 1) * order.tiles * adders)
+                convert(
+                    scratch,
+                    gmem.dq,
+                    unit,
+                    qhead_per_kvhead,
+                    scoring.softmax_scale,
+                    self.tile_m,
+                    self.dq_by_rows,
+                )
+                count_up(scratch.converted, unit.slot)
+            turn += 1
+            unit, kv_phase = get_unit(pipelines.units, turn)
+
+    @cute.jit
+    def _tile(
+        self,
+        context: Context,
+        gmem: Gmem,
+        scratch: Scratch,
+        layouts: Layouts,
+        unit: Unit,
+        kv_phase: Int32,
+        q_state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> pipeline.PipelineState:
+        """This warpgroup's part of a tile; the state of Q and dO after it."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        tidx, wg = place.tidx, place.wg
+        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), kv_phase)
+        seqlen_k, blocks = gmem.k.shape[0], cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
+        if cutlass.const_expr(not self.has_window):
+            unmasked_end = end
+        first_key = unit.index * self.tile_n + self._row(wg)
+        total = (end - start) * qhead_per_kvhead
+        left = total
+        pipelines.k.consumer_wait(kv_state)
+        if left > 0:
+            pipelines.q.consumer_wait(q_state)
+        self._issue_s(mmas, regs, q_state)
+        pipelines.v.consumer_wait(kv_state)
+        regs.acc_dK.fill(0.0)
+        regs.acc_dV.fill(0.0)
+        first_block = unit.slot * qhead_per_kvhead * blocks
+        if cutlass.const_expr(self.has_window):
+            unmasked = total - (end - unmasked_end) * qhead_per_kvhead
+            while left > unmasked:
+                left -= 1
+                m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._block(context, q_state, left == total - 1, left, limits, target)
+                q_state.advance()
+        masked = (unmasked_start - start) * qhead_per_kvhead
+        while left > masked:
+            left -= 1
+            _, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+            self._block(context, q_state, left == total - 1, left, None, target)
+            q_state.advance()
+        while left > 0:
+            left -= 1
+            m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+            limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+            self._block(context, q_state, left == total - 1, left, limits, target)
+            q_state.advance()
+        if cutlass.const_expr(self.splits_keys):
+            if total > 0:
+                cute.arch.mbarrier_wait(
+                    pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
+                )
+            acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+            warpgroup.wait_group(0)
+            if total > 0:
+                self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, scratch.sums.iterator)
+        warpgroup.wait_group(0)
+        pipelines.k.consumer_release(kv_state)
+        pipelines.v.consumer_release(kv_state)
+        if cutlass.const_expr(self.stores_by_tma):
+            self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
+            self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+        else:
+            self._store(regs.acc_dV, gmem.dv[None, None, unit.head, unit.batch], first_key, place, Float32(1.0))
+            self._store(regs.acc_dK, gmem.dk[None, None, unit.head, unit.batch], first_key, place, scoring.softmax_scale)
+        return q_state
+
+    @cute.jit
+    def _position(
+        self,
+        index: Int32,  # of a block of the tile, in the order in which they are visited
+        end: Int32,
+        first_block: Int32,  # of the ring, of the tile's slot
+        qhead_per_kvhead: Int32,
+        gmem: Gmem,
+        scratch: Scratch,
+    ) -> tuple[Int32, cute.Pointer]:
+        """Which query block it is, and where this thread's first sum of its dQ is, if it adds them itself."""
+        m_block = end - 1 - index // qhead_per_kvhead
+        block = first_block + index % qhead_per_kvhead * cute.ceil_div(gmem.q.shape[0], self.tile_m) + m_block
+        target = scratch.sums.iterator
+        if cutlass.const_expr(not self.stages_dq):
+            tidx = fragments.read_thread_idx() - WARPGROUP
+            target = scratch.sums[None, tidx % WARPGROUP, 0, tidx // WARPGROUP, Int64(block)].iterator
+        return m_block, target
 
     @cute.jit
     def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
@@ -874,7 +963,7 @@ class Backward:
         rounded = self._round(acc, scale)
         alone = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (1, 1), cute.size(sX, mode=[1]), a_in_registers=True)
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-        copy = cute.make_tiled_copy_C(atom, alone).get_slice(place.tidx % WARPGROUP)
+        copy = cute.make_tiled_copy_C(atom, alone).get_slice(fragments.read_thread_idx() % WARPGROUP)
         cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
         cute.copy(copy, copy.retile(rounded), copy.partition_D(sX))
         cute.arch.fence_view_async_shared()
@@ -893,7 +982,7 @@ class Backward:
         pairs = cute.recast_tensor(self._round(acc, scale), Int32)
         groups = cute.size(pairs) // 2  # of eight columns
         first_group = Int32(0) if cutlass.const_expr(self.splits_keys) else place.wg * groups
-        lane = place.tidx % 4
+        lane = fragments.read_thread_idx() % 4
         for r in cutlass.range_constexpr(2):
             row = first_key + 8 * r
             if row < mX.shape[0]:
@@ -927,7 +1016,7 @@ def example_arguments(key: KernelKey) -> tuple:
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),
-        Int32(1),
+        *(Int32(1) for _ in range(5)),
         Int32(0) if key.window else None,
         Int32(0) if key.window else None,
         Float32(1.0) if key.softcap else None,

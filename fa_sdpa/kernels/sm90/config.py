@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -172,10 +172,11 @@ class BackwardConfig:
         """Columns of dQ that are multiplied."""
         return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
 
-    @property
-    def scratch_per_block(self) -> int:
-        """fp32 elements of scratch memory for each block of tile_m query rows: lse and δ, and the sums of dQ."""
-        return 2 * self.tile_m + self.tile_m * self.dq_columns
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int) -> int:
+        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
+        statistics = sequences * blocks * 2 * self.tile_m
+        return statistics + slots * group * blocks * self.tile_m * self.dq_columns + 1 + 2 * slots
 
     @property
     def stages_dq(self) -> bool:
@@ -334,6 +335,33 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
+
+
+class Schedule(NamedTuple):
+    """How the backward orders its work; groups, sections, lag and slots as in backward_order.py."""
+
+    section: int  # groups
+    sections: int
+    lag: int  # sections
+    slots: int  # groups
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_schedule(groups: int, tiles: int, longest_first: bool, num_sms: int) -> Schedule:
+    """Order of ``groups`` key/value heads with ``tiles`` tiles of keys each.
+
+    What a slot holds was added up by tiles that ran a whole wave before it is converted, and is converted about half a
+    wave before it is needed again. For speed only, but for ``slots``, which must be at least lag · section groups, and
+    the groups of a section more.
+    """
+    if longest_first:
+        section, lag, margin = max(1, round(num_sms / tiles)), 1, 0
+        sections = max(1, -(-groups // section) - 1)
+    else:
+        section, sections = 1, groups
+        lag, margin = -(-5 * num_sms // (4 * tiles)), -(-2 * num_sms // (5 * tiles))
+    last = groups - (sections - 1) * section
+    return Schedule(section, sections, lag, min(groups, lag * section + max(section, last) + margin))
 
 
 @functools.cache
