@@ -28,7 +28,8 @@ Scores are computed transposed, keys × queries. Two splits of the work (config.
                      queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    k, v    1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
+    k       1-2 stages TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
+    v       1 stage    TMA, 1 arrival + bytes → 8 warps; released after dP of the tile's last block
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
     ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
@@ -114,7 +115,7 @@ class Pipelines(NamedTuple):
 class Smem(NamedTuple):
     """Tiles in shared memory, all swizzled but the statistics."""
 
-    k: cute.Tensor  # (tile_n, width, 1)
+    k: cute.Tensor  # (tile_n, width, k_stages)
     v: cute.Tensor  # (tile_n, width_v, 1)
     q: cute.Tensor  # (tile_m, width, stages)
     do: cute.Tensor  # (tile_m, width_v, stages)
@@ -223,7 +224,7 @@ class Backward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
-        self.stores_by_tma = config.stores_by_tma
+        self.stores_by_tma, self.k_stages = config.stores_by_tma, config.k_stages
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
@@ -235,7 +236,7 @@ class Backward:
         dq = self.width if self.dq_by_rows else self.width // 2
         unit, unit_v = self.width // half, self.width_v // half
         return Layouts(
-            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
+            k=smem_layout(self.dtype, self.tile_n, self.width, self.k_stages, min(dq, unit)),
             v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
             q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
             do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
@@ -274,7 +275,7 @@ class Backward:
 
         @cute.struct
         class SharedStorage:
-            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.k_stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
@@ -407,7 +408,7 @@ class Backward:
         )
         width = self.dtype.width // 8
         pipelines = Pipelines(
-            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
+            self._pipeline(storage.k_barriers, self.k_stages, self.tile_n * self.width * width),
             self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
             self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
@@ -493,39 +494,44 @@ class Backward:
     ) -> None:
         """Producer warp: takes the units of this CTA, and loads for each tile K, V, then Q and dO of all blocks of all
         query heads of the group."""
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.k_stages)
+        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         longest_first = self.is_causal or self.has_window
-        turn = Int32(0)
+        turn, tile = Int32(0), Int32(0)
         unit = take_unit(scratch.next_unit.iterator, order, longest_first)
-        put_unit(pipelines.units, turn, unit, kv_state.phase ^ 1)
+        put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
                 gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
-                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
-                load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
-                kv_state.advance()
-                for i in cutlass.range(end - start, unroll=1):
-                    m_block = end - 1 - i
-                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                        head = unit.head * qhead_per_kvhead + g
-                        gQ, gdO = gmem.q[None, None, head, unit.batch], gmem.do[None, None, head, unit.batch]
-                        load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
-                        with cute.arch.elect_one():
-                            cute.copy(
-                                cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-                                scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
-                                smem.statistics[None, q_state.index],
-                                mbar_ptr=pipelines.q.producer_get_barrier(q_state),
-                            )
-                        load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
-                        q_state.advance()
+                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, k_state)
+                total = (end - start) * qhead_per_kvhead
+                for i in cutlass.range(total, unroll=1):
+                    m_block, head = end - 1 - i // qhead_per_kvhead, unit.head * qhead_per_kvhead + i % qhead_per_kvhead
+                    gQ, gdO = gmem.q[None, None, head, unit.batch], gmem.do[None, None, head, unit.batch]
+                    load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
+                    with cute.arch.elect_one():
+                        cute.copy(
+                            cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
+                            scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
+                            smem.statistics[None, q_state.index],
+                            mbar_ptr=pipelines.q.producer_get_barrier(q_state),
+                        )
+                    if i == 0:
+                        load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, v_state)
+                    load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
+                    q_state.advance()
+                if total == 0:
+                    load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, v_state)
+                k_state.advance()
+                v_state.advance()
+                tile += 1
             turn += 1
             unit = take_unit(scratch.next_unit.iterator, order, longest_first)
-            put_unit(pipelines.units, turn, unit, kv_state.phase ^ 1)
+            put_unit(pipelines.units, turn, unit, tile)
 
     @cute.jit
     def add_dq(
@@ -652,12 +658,12 @@ class Backward:
                 cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         turn = Int32(0)
-        unit, kv_phase = get_unit(pipelines.units, turn)
+        unit, tile = get_unit(pipelines.units, turn)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 if cutlass.const_expr(not self.stages_dq):
                     await_count(scratch.converted, unit.slot, unit.generation * order.parts * (THREADS // 32))
-                q_state = self._tile(context, gmem, scratch, layouts, unit, kv_phase, q_state, qhead_per_kvhead)
+                q_state = self._tile(context, gmem, scratch, layouts, unit, tile, q_state, qhead_per_kvhead)
                 if cutlass.const_expr(not self.stages_dq):
                     count_up(scratch.added, unit.slot)
             else:
@@ -674,7 +680,7 @@ class Backward:
                 )
                 count_up(scratch.converted, unit.slot)
             turn += 1
-            unit, kv_phase = get_unit(pipelines.units, turn)
+            unit, tile = get_unit(pipelines.units, turn)
 
     @cute.jit
     def _tile(
@@ -684,14 +690,16 @@ class Backward:
         scratch: Scratch,
         layouts: Layouts,
         unit: Unit,
-        kv_phase: Int32,
+        tile: Int32,  # number of the tile among this CTA's
         q_state: pipeline.PipelineState,
         qhead_per_kvhead: Int32,
     ) -> pipeline.PipelineState:
         """This warpgroup's part of a tile; the state of Q and dO after it."""
         mmas, regs, smem, pipelines, scoring, place = context
         tidx, wg = place.tidx, place.wg
-        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), kv_phase)
+        k_stage = tile % self.k_stages
+        k_state = pipeline.PipelineState(self.k_stages, Int32(0), k_stage, tile // self.k_stages % 2)
+        v_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k, blocks = gmem.k.shape[0], cute.ceil_div(gmem.q.shape[0], self.tile_m)
         start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
         if cutlass.const_expr(not self.has_window):
@@ -699,11 +707,11 @@ class Backward:
         first_key = unit.index * self.tile_n + self._row(wg)
         total = (end - start) * qhead_per_kvhead
         left = total
-        pipelines.k.consumer_wait(kv_state)
+        pipelines.k.consumer_wait(k_state)
         if left > 0:
             pipelines.q.consumer_wait(q_state)
-        self._issue_s(mmas, regs, q_state)
-        pipelines.v.consumer_wait(kv_state)
+        self._issue_s(mmas, regs, k_stage, q_state)
+        pipelines.v.consumer_wait(v_state)
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
         first_block = unit.slot * qhead_per_kvhead * blocks
@@ -713,32 +721,33 @@ class Backward:
                 left -= 1
                 m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
                 limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                self._block(context, q_state, left == total - 1, left, limits, target)
+                self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
                 q_state.advance()
         masked = (unmasked_start - start) * qhead_per_kvhead
         while left > masked:
             left -= 1
             _, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
-            self._block(context, q_state, left == total - 1, left, None, target)
+            self._block(context, k_stage, q_state, left == total - 1, left, None, target)
             q_state.advance()
         while left > 0:
             left -= 1
             m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
             limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-            self._block(context, q_state, left == total - 1, left, limits, target)
+            self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
             q_state.advance()
         if cutlass.const_expr(self.splits_keys):
             if total > 0:
                 cute.arch.mbarrier_wait(
                     pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
                 )
-            acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+            acc_dQ = self._issue_dq(mmas, regs, k_stage, 1 - q_state.index)
             warpgroup.wait_group(0)
             if total > 0:
                 self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, scratch.sums.iterator)
         warpgroup.wait_group(0)
-        pipelines.k.consumer_release(kv_state)
-        pipelines.v.consumer_release(kv_state)
+        pipelines.k.consumer_release(k_state)
+        if total == 0:
+            pipelines.v.consumer_release(v_state)
         if cutlass.const_expr(self.stores_by_tma):
             self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
             self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
@@ -767,14 +776,15 @@ class Backward:
         return m_block, target
 
     @cute.jit
-    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
+    def _issue_s(self, mmas: Mmas, regs: Operands, k_stage: Int32, q_state: pipeline.PipelineState) -> None:
         tSrQ = regs.tSrQ[None, None, None, q_state.index]
-        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16, zero_init=True)
+        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, k_stage], tSrQ, self.head_dim // 16, zero_init=True)
 
     @cute.jit
     def _block(
         self,
         context: Context,
+        k_stage: Int32,
         state: pipeline.PipelineState,  # of this block's Q and dO
         is_first: Boolean,  # of its tile
         left: Int32,  # how many blocks of this tile come after this one
@@ -798,6 +808,8 @@ class Backward:
                 mask_right(regs.acc_S, limits[1], fill)
         self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
         warpgroup.wait_group(0)
+        if left == 0:  # the next tile's V may come
+            pipelines.v.consumer_release(pipeline.PipelineState(1, Int32(0), Int32(0), Int32(0)))
         self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
         tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
         tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
@@ -820,7 +832,7 @@ class Backward:
             issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         warpgroup.wait_group(1)  # dV: frees the registers of P
-        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
+        acc_dQ = self._issue_dq(mmas, regs, k_stage, dq_stage)
         warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
         cute.arch.sync_warp()  # all lanes have read its statistics
         pipelines.q.consumer_release(state)
@@ -829,7 +841,7 @@ class Backward:
         following.advance()
         if left > 0:
             pipelines.q.consumer_wait(following)
-        self._issue_s(mmas, regs, following)
+        self._issue_s(mmas, regs, k_stage, following)
         if cutlass.const_expr(self.splits_keys):
             cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
         warpgroup.wait_group(1)
@@ -837,9 +849,9 @@ class Backward:
             self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
 
     @cute.jit
-    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
+    def _issue_dq(self, mmas: Mmas, regs: Operands, k_stage: Int32, stage: Int32) -> cute.Tensor:
         acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
-        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, k_stage]
         issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
         return acc_dQ
 

@@ -120,13 +120,13 @@ class Queue(NamedTuple):
 
 
 @cute.jit
-def put_unit(queue: Queue, turn: Int32, unit: Unit, phase: Int32) -> None:
-    """By the whole producer warp, its unit number ``turn``; ``phase`` is that of K's and V's pipelines, if it is a tile."""
+def put_unit(queue: Queue, turn: Int32, unit: Unit, tile: Int32) -> None:
+    """By the whole producer warp, its unit number ``turn``; if it is a tile, number ``tile`` of them."""
     entry = turn % ENTRIES
     cute.arch.mbarrier_wait(queue.empty + entry, turn // ENTRIES % 2 ^ 1)
     if cute.arch.lane_idx() == 0:
         for i in cutlass.range_constexpr(FIELDS):
-            queue.entries[i, entry] = (*unit, phase)[i]
+            queue.entries[i, entry] = (*unit, tile)[i]
         cute.arch.mbarrier_arrive(queue.full + entry)
     cute.arch.sync_warp()
 

@@ -26,6 +26,7 @@ from ..common.softmax import LOG2_E
 from .backward_order import PART_BLOCKS, Unit
 
 WARPGROUP, THREADS = 128, 256  # of threads; those of the main kernel that multiply
+CONVERT_REGISTERS = 128  # of a thread, for sums of dQ that are loaded at a time
 
 
 class Scratch(NamedTuple):
@@ -190,19 +191,24 @@ def convert(
         memory_order=cute.nvgpu.MemoryOrder.RELAXED,
         memory_scope=cute.nvgpu.MemoryScope.GPU,
     )
+    batch = max(1, min(PART_BLOCKS, CONVERT_REGISTERS // (4 * groups)))  # blocks whose loads are in flight together
     start = unit.index * PART_BLOCKS
-    for block in cutlass.range(start, cutlass.min(start + PART_BLOCKS, per_slot), unroll=1):
-        ring_block = Int64(unit.slot * per_slot + block)
-        sums = cute.make_rmem_tensor((4, groups), Float32)
-        for i in cutlass.range_constexpr(groups):
-            cute.copy(load, scratch.sums[None, thread, i, wg, ring_block], sums[None, i])
-        if unit.is_reused == 1:
-            _zero_block(scratch, ring_block, tidx)
-        head = unit.head * qhead_per_kvhead + block // blocks
-        row = block % blocks * tile_m + first_row
-        for r in cutlass.range_constexpr(2):
-            gdQ = cute.zipped_divide(mdQ[row + 8 * r, None, head, unit.batch], (8,))
-            _store_row(gdQ, row + 8 * r < seqlen_q, sums, r, softmax_scale, first_group)
+    for first in cutlass.range(start, cutlass.min(start + PART_BLOCKS, per_slot), batch, unroll=1):
+        sums = cute.make_rmem_tensor((4, groups, batch), Float32)
+        for b in cutlass.range_constexpr(batch):
+            ring_block = Int64(unit.slot * per_slot + cutlass.min(first + b, per_slot - 1))
+            for i in cutlass.range_constexpr(groups):
+                cute.copy(load, scratch.sums[None, thread, i, wg, ring_block], sums[None, i, b])
+        for b in cutlass.range_constexpr(batch):
+            block = first + b
+            if unit.is_reused == 1 and block < per_slot:
+                _zero_block(scratch, Int64(unit.slot * per_slot + block), tidx)
+            head = unit.head * qhead_per_kvhead + block // blocks
+            row = block % blocks * tile_m + first_row
+            for r in cutlass.range_constexpr(2):
+                gdQ = cute.zipped_divide(mdQ[row + 8 * r, None, head, unit.batch], (8,))
+                is_row = row + 8 * r < seqlen_q and block < per_slot
+                _store_row(gdQ, is_row, sums[None, None, b], r, softmax_scale, first_group)
 
 
 @cute.jit

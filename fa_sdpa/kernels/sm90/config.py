@@ -191,16 +191,22 @@ class BackwardConfig:
         return self.splits_keys and self.stages_dq and tile <= room
 
     @property
+    def k_stages(self) -> int:
+        """2 where there is room: then the next tile's K is loaded while this one's is still in use."""
+        return 2 if self._smem_bytes(self.stages_dq, k_stages=2) <= SMEM_PER_BLOCK else 1
+
+    @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq)
+        return self._smem_bytes(self.stages_dq, self.k_stages)
 
-    def _smem_bytes(self, stages_dq: bool) -> int:
-        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
+    def _smem_bytes(self, stages_dq: bool, k_stages: int = 1) -> int:
+        """16-bit K in every stage of its own, and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
-        tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
+        keys = self.tile_n * (k_stages * self.head_dim_smem + self.head_dim_v_smem)
+        tiles = 2 * (keys + self.stages * (self.tile_m * width + scores))
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
