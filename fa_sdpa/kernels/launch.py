@@ -117,7 +117,7 @@ def attention_bwd(
 
     Returns:
         dq, dk, dv in the dtypes and memory layouts of query, key and value. The order in which dq's summands are added
-        varies from run to run. A row that saw no key contributes nothing.
+        varies from run to run, unless torch's deterministic mode is on. A row that saw no key contributes nothing.
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
@@ -129,7 +129,8 @@ def attention_bwd(
     device = query.get_device()
     batch, heads, seqlen_q, head_dim = query.shape
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    flags = (left is not None, options.softcap > 0.0)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    flags = (left is not None, options.softcap > 0.0, deterministic)
     wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, device)
     plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
@@ -141,7 +142,8 @@ def attention_bwd(
     heads_kv, seqlen_k = key.shape[1:3]
     tiles = -(-seqlen_k // plan.config.tile_n)
     schedule = sm90.backward_schedule(batch * heads_kv, tiles, is_causal or left is not None, plan.num_sms)
-    size = plan.config.scratch(batch * heads, -(-seqlen_q // plan.config.tile_m), heads // heads_kv, schedule.slots)
+    blocks = -(-seqlen_q // plan.config.tile_m)
+    size = plan.config.scratch(batch * heads, blocks, heads // heads_kv, schedule.slots, deterministic)
     scratch = torch.empty(size, dtype=torch.float32, device=query.device)
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
     arguments = (
@@ -197,7 +199,8 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
-    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, window=window, softcap=flags[1])
+    options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic}
+    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, **options)
     return (*needed, backward)
 
 
@@ -262,13 +265,14 @@ def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Ten
 
 
 def _make_backward_plan(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool], device: int
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool, bool], device: int
 ) -> _BackwardPlan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no backward kernel for {dtype} on {target.name} (arch {target.arch})")
-    window, softcap = flags
-    key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    window, softcap, deterministic = flags
+    options = {"window": window, "softcap": softcap, "deterministic": deterministic}
+    key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, **options)
     config = sm90.backward_config(head_dim, head_dim_v, softcap)
     plan = _BackwardPlan(kernel(key), target.num_sms, config)
 

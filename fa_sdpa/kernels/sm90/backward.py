@@ -91,7 +91,17 @@ from .backward_order import (
     put_unit,
     take_unit,
 )
-from .backward_rows import THREADS, WARPGROUP, Scratch, await_count, convert, count_up, prepare, split_scratch
+from .backward_rows import (
+    THREADS,
+    WARPGROUP,
+    Scratch,
+    await_count,
+    convert,
+    count_up,
+    end_turn,
+    prepare,
+    split_scratch,
+)
 from .config import BackwardConfig
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
@@ -165,6 +175,15 @@ class Mmas(NamedTuple):
     dq: cute.TiledMma  # (tile_m, columns of dQ)
 
 
+class Additions(NamedTuple):
+    """Where, and when, a warp adds its share of dQ of a block to its sums."""
+
+    sums: cute.Pointer
+    turn: cute.Pointer | None  # in deterministic mode, the counter
+    awaited: Int32  # what it must have reached
+    handed_on: Int32  # what it is set to
+
+
 class Scoring(NamedTuple):
     """From Q Kᵀ to P and dS: what is None is not in this kernel."""
 
@@ -229,6 +248,7 @@ class Backward:
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
+        self.deterministic, self.adders = key.deterministic, config.adders
         self.mma_registers, self.producer_registers = config.registers
 
     def _layouts(self) -> Layouts:
@@ -344,7 +364,15 @@ class Backward:
         heads_kv = mK.shape[1]
         group = heads // heads_kv
         all_blocks = Int64(blocks * heads * batch)
-        scratch = split_scratch(mScratch, all_blocks, Int64(slots * group * blocks), slots, self.tile_m, self.dq_values)
+        scratch = split_scratch(
+            mScratch,
+            all_blocks,
+            Int64(slots * group * blocks),
+            slots,
+            self.tile_m,
+            self.dq_values,
+            self.adders if self.deterministic else None,
+        )
         prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
             grid=[blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
         )
@@ -549,48 +577,96 @@ class Backward:
     ) -> None:
         """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
         dV and dK of every tile from there."""
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         source = sdQ[None, 0, 0, wg].iterator
         turn = Int32(0)
         unit, _ = get_unit(units, turn)
+        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                first_block = unit.slot * qhead_per_kvhead * blocks
-                await_count(scratch.converted, unit.slot, unit.generation * order.parts * (THREADS // 32))
-                for i in cutlass.range(end - start, unroll=1):
-                    for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                        self._exchange_dq(wg)
-                        block = Int64(first_block + g * blocks + end - 1 - i)
-                        with cute.arch.elect_one():
-                            target = scratch.sums[None, 0, 0, wg, block].iterator
-                            bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
-                        cute.arch.cp_async_bulk_commit_group()
+                previous_end = self._previous_end(unit, gmem, window)
+                await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
+                for i in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
+                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+                    m_block, target = self._position(i, unit, end, previous_end, order, qhead_per_kvhead, gmem, scratch, wg)
+                    if cutlass.const_expr(self.deterministic):
+                        await_count(target.turn, target.awaited)
+                    with cute.arch.elect_one():
+                        bulk_add(target.sums, source, 4 * WARPGROUP * self.dq_values)
+                    self._release_dq(wg)
+                    if cutlass.const_expr(self.deterministic):
+                        cute.arch.cp_async_bulk_wait_group(0)
+                        end_turn(target.turn, target.handed_on)
                 if cutlass.const_expr(self.stores_by_tma):
                     row_block = unit.index * 2 + wg
                     for atom, mX, layout in (
                         (atoms.dv, gmem.dv[None, None, unit.head, unit.batch], layouts.dv),
                         (atoms.dk, gmem.dk[None, None, unit.head, unit.batch], layouts.dk),
                     ):
-                        self._exchange_dq(wg)
                         sX = self._in_dq(sdQ, layout, wg)
                         gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
                         tXsX, tXgX = cpasync.tma_partition(
                             atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
                         )
+                        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
                         cute.copy(atom, tXsX, tXgX)
-                        cute.arch.cp_async_bulk_commit_group()
+                        self._release_dq(wg)
                 cute.arch.cp_async_bulk_wait_group(0)
-                count_up(scratch.added, unit.slot)
+                count_up(scratch.added.iterator + unit.slot)
             turn += 1
             unit, _ = get_unit(units, turn)
 
     @cute.jit
-    def _exchange_dq(self, wg: Int32) -> None:
-        """Tell an MMA warpgroup that its part of dQ's shared memory has been read, and wait until it is full again."""
+    def _release_dq(self, wg: Int32) -> None:
+        """Tell an MMA warpgroup, once it is so, that what it put into dQ's shared memory has been read."""
+        cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
-        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
+    def _conversions(self, unit: Unit, order: Order) -> Int32:
+        """How often MMA warps must have finished a part of a conversion before the slot is this unit's group's."""
+        return unit.generation * order.parts * (THREADS // 32)
+
+    @cute.jit
+    def _previous_end(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
+        """The tile before adds to those query blocks of this one that are before this. (Their ranges never fall.)"""
+        previous_end = Int32(0)
+        if cutlass.const_expr(self.deterministic):
+            if unit.index > 0:
+                _, _, _, previous_end = self._query_blocks(unit.index - 1, gmem, window)
+        return previous_end
+
+    @cute.jit
+    def _position(
+        self,
+        index: Int32,  # of a block of the tile, in the order in which they are visited
+        unit: Unit,
+        end: Int32,  # of the tile's query blocks
+        previous_end: Int32,
+        order: Order,
+        qhead_per_kvhead: Int32,
+        gmem: Gmem,
+        scratch: Scratch,
+        adder: Int32,  # of the warps that add
+    ) -> tuple[Int32, Additions]:
+        """Which query block it is, and where its dQ goes."""
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        m_block = end - 1 - index // qhead_per_kvhead
+        block = Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
+        if cutlass.const_expr(self.stages_dq):
+            sums = scratch.sums[None, 0, 0, adder, block].iterator
+        else:
+            tidx = fragments.read_thread_idx() - WARPGROUP
+            sums = scratch.sums[None, tidx % WARPGROUP, 0, tidx // WARPGROUP, block].iterator
+        if cutlass.const_expr(not self.deterministic):
+            return m_block, Additions(sums, None, Int32(0), Int32(0))
+        before = unit.generation * order.tiles + unit.index
+        awaited = Int32(0)
+        if m_block < previous_end:
+            awaited = before
+        turn = scratch.turns.iterator + cute.crd2idx((adder, block), scratch.turns.layout)
+        return m_block, Additions(sums, turn, awaited, before + 1)
 
     def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32) -> cute.Tensor:
         """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory."""
@@ -662,13 +738,12 @@ class Backward:
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 if cutlass.const_expr(not self.stages_dq):
-                    await_count(scratch.converted, unit.slot, unit.generation * order.parts * (THREADS // 32))
-                q_state = self._tile(context, gmem, scratch, layouts, unit, tile, q_state, qhead_per_kvhead)
+                    await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
+                q_state = self._tile(context, gmem, scratch, layouts, order, unit, tile, q_state, qhead_per_kvhead)
                 if cutlass.const_expr(not self.stages_dq):
-                    count_up(scratch.added, unit.slot)
+                    count_up(scratch.added.iterator + unit.slot)
             else:
-                adders = 2 if cutlass.const_expr(self.stages_dq) else THREADS // 32
-                await_count(scratch.added, unit.slot, (unit.generation + 1) * order.tiles * adders)
+                await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * self.adders)
                 convert(
                     scratch,
                     gmem.dq,
@@ -678,7 +753,7 @@ class Backward:
                     self.tile_m,
                     self.dq_by_rows,
                 )
-                count_up(scratch.converted, unit.slot)
+                count_up(scratch.converted.iterator + unit.slot)
             turn += 1
             unit, tile = get_unit(pipelines.units, turn)
 
@@ -689,6 +764,7 @@ class Backward:
         gmem: Gmem,
         scratch: Scratch,
         layouts: Layouts,
+        order: Order,
         unit: Unit,
         tile: Int32,  # number of the tile among this CTA's
         q_state: pipeline.PipelineState,
@@ -696,11 +772,11 @@ class Backward:
     ) -> pipeline.PipelineState:
         """This warpgroup's part of a tile; the state of Q and dO after it."""
         mmas, regs, smem, pipelines, scoring, place = context
-        tidx, wg = place.tidx, place.wg
+        wg = place.wg
         k_stage = tile % self.k_stages
         k_state = pipeline.PipelineState(self.k_stages, Int32(0), k_stage, tile // self.k_stages % 2)
         v_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
-        seqlen_k, blocks = gmem.k.shape[0], cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        seqlen_k = gmem.k.shape[0]
         start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
         if cutlass.const_expr(not self.has_window):
             unmasked_end = end
@@ -714,24 +790,24 @@ class Backward:
         pipelines.v.consumer_wait(v_state)
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
-        first_block = unit.slot * qhead_per_kvhead * blocks
+        where = unit, end, self._previous_end(unit, gmem, scoring.window), order, qhead_per_kvhead, gmem, scratch
         if cutlass.const_expr(self.has_window):
             unmasked = total - (end - unmasked_end) * qhead_per_kvhead
             while left > unmasked:
                 left -= 1
-                m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+                m_block, target = self._target(total - 1 - left, where)
                 limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
                 self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
                 q_state.advance()
         masked = (unmasked_start - start) * qhead_per_kvhead
         while left > masked:
             left -= 1
-            _, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+            _, target = self._target(total - 1 - left, where)
             self._block(context, k_stage, q_state, left == total - 1, left, None, target)
             q_state.advance()
         while left > 0:
             left -= 1
-            m_block, target = self._position(total - 1 - left, end, first_block, qhead_per_kvhead, gmem, scratch)
+            m_block, target = self._target(total - 1 - left, where)
             limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
             self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
             q_state.advance()
@@ -743,7 +819,7 @@ class Backward:
             acc_dQ = self._issue_dq(mmas, regs, k_stage, 1 - q_state.index)
             warpgroup.wait_group(0)
             if total > 0:
-                self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, scratch.sums.iterator)
+                self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, None)
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         if total == 0:
@@ -757,23 +833,12 @@ class Backward:
         return q_state
 
     @cute.jit
-    def _position(
-        self,
-        index: Int32,  # of a block of the tile, in the order in which they are visited
-        end: Int32,
-        first_block: Int32,  # of the ring, of the tile's slot
-        qhead_per_kvhead: Int32,
-        gmem: Gmem,
-        scratch: Scratch,
-    ) -> tuple[Int32, cute.Pointer]:
-        """Which query block it is, and where this thread's first sum of its dQ is, if it adds them itself."""
-        m_block = end - 1 - index // qhead_per_kvhead
-        block = first_block + index % qhead_per_kvhead * cute.ceil_div(gmem.q.shape[0], self.tile_m) + m_block
-        target = scratch.sums.iterator
-        if cutlass.const_expr(not self.stages_dq):
-            tidx = fragments.read_thread_idx() - WARPGROUP
-            target = scratch.sums[None, tidx % WARPGROUP, 0, tidx // WARPGROUP, Int64(block)].iterator
-        return m_block, target
+    def _target(self, index: Int32, where: tuple) -> tuple[Int32, Additions | None]:
+        """``_position`` for this MMA warp; only the block where another warp adds its dQ."""
+        if cutlass.const_expr(self.stages_dq):
+            _, end, _, _, qhead_per_kvhead, _, _ = where
+            return end - 1 - index // qhead_per_kvhead, None
+        return self._position(index, *where, cute.arch.warp_idx() - WARPGROUP // 32)
 
     @cute.jit
     def _issue_s(self, mmas: Mmas, regs: Operands, k_stage: Int32, q_state: pipeline.PipelineState) -> None:
@@ -789,7 +854,7 @@ class Backward:
         is_first: Boolean,  # of its tile
         left: Int32,  # how many blocks of this tile come after this one
         limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
-        target: cute.Pointer,  # this thread's first sum of dQ
+        target: Additions | None,  # of its dQ, where this warp adds it
     ) -> None:
         """All of one block of queries, whose S is being multiplied already, and the next one's S."""
         mmas, regs, smem, pipelines, scoring, place = context
@@ -863,7 +928,7 @@ class Backward:
         pipelines: Pipelines,
         place: Place,
         stage: Int32,
-        target: cute.Pointer,
+        target: Additions | None,
     ) -> None:
         """dQ to the warp that adds it, or to memory right here."""
         if cutlass.const_expr(self.splits_keys):
@@ -877,7 +942,11 @@ class Backward:
             cute.arch.fence_view_async_shared()
             cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
         else:
-            add_fragment(target, acc_dQ, WARPGROUP)
+            if cutlass.const_expr(self.deterministic):
+                await_count(target.turn, target.awaited)
+            add_fragment(target.sums, acc_dQ, WARPGROUP)
+            if cutlass.const_expr(self.deterministic):
+                end_turn(target.turn, target.handed_on)
 
     @cute.jit
     def _arrive(self, mbarrier: cute.Pointer) -> None:

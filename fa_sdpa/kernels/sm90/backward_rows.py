@@ -10,7 +10,9 @@ sums of dQ, with as many blocks in a slot as a group of query heads has, as the 
 warpgroup after the other: four values of its thread 0, of its thread 1, …, the next four of thread 0, …; counters.
 
 Counters, Int32: the next unit of work; for each slot how often warps that add to it finished a tile; for each slot how
-often warps finished a part of its conversion. Both only ever rise. (The order of units: backward_order.py.)
+often warps finished a part of its conversion. (The order of units: backward_order.py.) In deterministic mode also, for each
+block of the ring and each warp of a CTA that adds to it, which tiles have: the number of the last one, plus 1, plus the
+tiles of the slot's earlier users. Counters only ever rise.
 
 Rows beyond seqlen_q, and rows that saw no key, get lse = +inf: exp2(s - inf) = 0 keeps them out of every gradient.
 """
@@ -37,13 +39,19 @@ class Scratch(NamedTuple):
     next_unit: cute.Tensor  # (1,) Int32
     added: cute.Tensor  # (slots,) Int32
     converted: cute.Tensor  # (slots,) Int32
+    turns: cute.Tensor | None  # (adding warps of a CTA, blocks of the ring) Int32, in deterministic mode
 
 
 def split_scratch(
-    mScratch: cute.Tensor, blocks: Int64, ring_blocks: Int64, slots: Int32, tile_m: int, values: int
+    mScratch: cute.Tensor,  # BackwardConfig.scratch elements
+    blocks: Int64,
+    ring_blocks: Int64,
+    slots: Int32,
+    tile_m: int,
+    values: int,
+    adders: int | None,  # warps of a CTA that add to the sums, where they take turns
 ) -> Scratch:
-    """The parts of the scratch tensor; it has blocks · 2 · tile_m + ring_blocks · THREADS · values + 1 + 2 · slots
-    elements."""
+    """The parts of the scratch tensor."""
     rows = 2 * tile_m
     statistics = cute.make_layout((rows, blocks), stride=(1, rows))
     per_warpgroup = WARPGROUP * values
@@ -60,6 +68,7 @@ def split_scratch(
         cute.make_tensor(counters, cute.make_layout(1)),
         cute.make_tensor(counters + 1, cute.make_layout(slots)),
         cute.make_tensor(counters + 1 + slots, cute.make_layout(slots)),
+        cute.make_tensor(counters + 1 + 2 * slots, cute.make_layout((adders, ring_blocks))) if adders else None,
     )
 
 
@@ -122,6 +131,9 @@ def prepare(
             scratch.statistics[tile_m + row, Int64(index)] = delta
     if index < cute.size(scratch.sums, mode=[4]):
         _zero_block(scratch, Int64(index), tidx)
+        if cutlass.const_expr(scratch.turns is not None):
+            if tidx < cute.size(scratch.turns, mode=[0]):
+                scratch.turns[tidx, Int64(index)] = 0
     if index == 0:
         slots = cute.size(scratch.added)
         if tidx == 0:
@@ -142,24 +154,38 @@ def _zero_block(scratch: Scratch, block: Int64, tidx: Int32) -> None:
 
 
 @cute.jit
-def await_count(counter: cute.Tensor, index: Int32, count: Int32) -> None:
+def await_count(counter: cute.Pointer, count: Int32) -> None:
     """Wait until a counter has at least this value, and until what was written before it rose can be read, and be added
     to by bulk reductions, by the calling thread."""
-    pointer = counter.iterator + index
-    seen = cute.arch.load(pointer, Int32, sem="acquire", scope="gpu")
+    seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
     while seen < count:
-        seen = cute.arch.load(pointer, Int32, sem="acquire", scope="gpu")
+        seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
     cute.arch.fence_proxy("async.global")
 
 
 @cute.jit
-def count_up(counter: cute.Tensor, index: Int32) -> None:
-    """One more for this warp, after all that its lanes have written, and bulk reductions that they waited for."""
+def _publish() -> None:
+    """Order all that the lanes of this warp have written, and bulk reductions that they waited for, before what one of
+    them writes next."""
     cute.arch.fence_proxy("async.global")
     cute.arch.fence_acq_rel_gpu()
     cute.arch.sync_warp()
+
+
+@cute.jit
+def count_up(counter: cute.Pointer) -> None:
+    """One more for this warp, which has done what is counted."""
+    _publish()
     with cute.arch.elect_one():
-        cute.arch.red(counter.iterator + index, Int32(1), op="add", dtype=Int32, sem="release", scope="gpu")
+        cute.arch.red(counter, Int32(1), op="add", dtype=Int32, sem="release", scope="gpu")
+
+
+@cute.jit
+def end_turn(counter: cute.Pointer, value: Int32) -> None:
+    """Hand the counter on: this warp has added what it had to."""
+    _publish()
+    with cute.arch.elect_one():
+        cute.arch.store(counter, value, sem="release", scope="gpu")
 
 
 @cute.jit

@@ -172,11 +172,17 @@ class BackwardConfig:
         """Columns of dQ that are multiplied."""
         return self.head_dim_mma if self.dq_by_rows else self.head_dim_smem
 
-    def scratch(self, sequences: int, blocks: int, group: int, slots: int) -> int:
+    @property
+    def adders(self) -> int:
+        """Warps of a CTA that add dQ to its sums, each its share of every block."""
+        return 2 if self.stages_dq else 4 * self.mma_warpgroups
+
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int, deterministic: bool) -> int:
         """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
         heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
-        statistics = sequences * blocks * 2 * self.tile_m
-        return statistics + slots * group * blocks * self.tile_m * self.dq_columns + 1 + 2 * slots
+        ring_blocks = slots * group * blocks
+        counters = 1 + 2 * slots + (self.adders * ring_blocks if deterministic else 0)
+        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
 
     @property
     def stages_dq(self) -> bool:
@@ -379,6 +385,7 @@ def backward_key(
     *,
     window: bool = False,
     softcap: bool = False,
+    deterministic: bool = False,
 ) -> KernelKey:
     """Key of the backward kernel for what decides its code."""
     config = backward_config(head_dim, head_dim_v, softcap)
@@ -394,6 +401,7 @@ def backward_key(
         config.stages,
         window,
         softcap,
+        deterministic=deterministic,
     )
 
 
@@ -425,8 +433,6 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
     if not math.isfinite(spec.softcap):
         reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
-    if spec.needs_grad and spec.deterministic:
-        reasons.append(Reason("nondeterministic", "dq is added up in no fixed order, and deterministic mode is on"))
     if not spec.last_dim_contiguous:
         reasons.append(Reason("strides", "query, key and value must be contiguous in their last dimension"))
     smem = target.smem_per_block
