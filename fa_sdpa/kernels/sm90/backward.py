@@ -28,7 +28,7 @@ Scores are computed transposed, keys × queries. Two splits of the work (config.
                      queries of S and dP, and half of the columns of dK, dV and dQ. P crosses shared memory as well
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    k       1-2 stages TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
+    k       1 stage    TMA, 1 arrival + bytes → 8 warps; released after the tile's last block
     v       1 stage    TMA, 1 arrival + bytes → 8 warps; released after dP of the tile's last block
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
@@ -84,6 +84,7 @@ from .backward_order import (
     FIELDS,
     MULTIPLY,
     PART_BLOCKS,
+    WARPS,
     Order,
     Queue,
     Unit,
@@ -91,12 +92,12 @@ from .backward_order import (
     put_unit,
     take_unit,
 )
+from .backward_convert import BUFFERS, SLAB, SLABS, convert, convert_aside
 from .backward_rows import (
     THREADS,
     WARPGROUP,
     Scratch,
     await_count,
-    convert,
     count_up,
     end_turn,
     prepare,
@@ -125,7 +126,7 @@ class Pipelines(NamedTuple):
 class Smem(NamedTuple):
     """Tiles in shared memory, all swizzled but the statistics."""
 
-    k: cute.Tensor  # (tile_n, width, k_stages)
+    k: cute.Tensor  # (tile_n, width, 1)
     v: cute.Tensor  # (tile_n, width_v, 1)
     q: cute.Tensor  # (tile_m, width, stages)
     do: cute.Tensor  # (tile_m, width_v, stages)
@@ -243,7 +244,8 @@ class Backward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
-        self.stores_by_tma, self.k_stages = config.stores_by_tma, config.k_stages
+        self.stores_by_tma = config.stores_by_tma
+        self.converts_aside, self.converters = config.converts_aside, config.converters
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
@@ -256,7 +258,7 @@ class Backward:
         dq = self.width if self.dq_by_rows else self.width // 2
         unit, unit_v = self.width // half, self.width_v // half
         return Layouts(
-            k=smem_layout(self.dtype, self.tile_n, self.width, self.k_stages, min(dq, unit)),
+            k=smem_layout(self.dtype, self.tile_n, self.width, 1, min(dq, unit)),
             v=smem_layout(self.dtype, self.tile_n, self.width_v, 1),
             q=smem_layout(self.dtype, self.tile_m, self.width, self.stages, unit),
             do=smem_layout(self.dtype, self.tile_m, self.width_v, self.stages, unit_v),
@@ -295,7 +297,7 @@ class Backward:
 
         @cute.struct
         class SharedStorage:
-            k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.k_stages]
+            k_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2]
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             do_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
@@ -304,6 +306,8 @@ class Backward:
             units_full: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units_empty: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units: cute.struct.MemRange[Int32, FIELDS * ENTRIES]
+            turns: cute.struct.MemRange[Int32, WARPS]
+            converting: cute.struct.MemRange[cutlass.Int64, BUFFERS]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
@@ -312,6 +316,8 @@ class Backward:
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
             sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
+            sums: cute.struct.MemRange[Float32, SLAB * SLABS * BUFFERS * self.converts_aside]
+            zeros: cute.struct.MemRange[Float32, SLAB * self.converts_aside]
 
         return SharedStorage
 
@@ -436,7 +442,7 @@ class Backward:
         )
         width = self.dtype.width // 8
         pipelines = Pipelines(
-            self._pipeline(storage.k_barriers, self.k_stages, self.tile_n * self.width * width),
+            self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width),
             self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width),
             self._pipeline(storage.q_barriers, self.stages, self.tile_m * (self.width * width + 8)),
             self._pipeline(storage.do_barriers, self.stages, self.tile_m * self.width_v * width),
@@ -446,6 +452,7 @@ class Backward:
                 storage.units.get_tensor(cute.make_layout((FIELDS, ENTRIES))),
                 storage.units_full.data_ptr(),
                 storage.units_empty.data_ptr(),
+                storage.turns.get_tensor(cute.make_layout(WARPS)),
             ),
         )
         if warp_idx == 0:
@@ -456,8 +463,12 @@ class Backward:
                 for i in cutlass.range_constexpr(ENTRIES):
                     cute.arch.mbarrier_init(storage.units_full.data_ptr() + i, 1)
                     cute.arch.mbarrier_init(
-                        storage.units_empty.data_ptr() + i, THREADS // 32 + (2 if self.stages_dq else 0)
+                        storage.units_empty.data_ptr() + i, THREADS // 32 + 2 * self.stages_dq + self.converts_aside
                     )
+                for i in cutlass.range_constexpr(WARPS):
+                    pipelines.units.turns[i] = Int32(0)
+                for i in cutlass.range_constexpr(BUFFERS):
+                    cute.arch.mbarrier_init(storage.converting.data_ptr() + i, 1)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
@@ -479,6 +490,22 @@ class Backward:
                         scoring.window,
                         qhead_per_kvhead,
                         warp_idx - 1,
+                    )
+            if cutlass.const_expr(self.converts_aside):
+                if warp_idx == 3:
+                    convert_aside(
+                        scratch,
+                        gmem.dq,
+                        pipelines.units,
+                        order,
+                        storage.sums.get_tensor(cute.make_layout((4, WARPGROUP, SLABS, BUFFERS))),
+                        storage.zeros.get_tensor(cute.make_layout(SLAB)),
+                        storage.converting.data_ptr(),
+                        qhead_per_kvhead,
+                        scoring.softmax_scale,
+                        self.tile_m,
+                        self.dq_by_rows,
+                        self.adders,
                     )
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
@@ -522,8 +549,7 @@ class Backward:
     ) -> None:
         """Producer warp: takes the units of this CTA, and loads for each tile K, V, then Q and dO of all blocks of all
         query heads of the group."""
-        k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.k_stages)
-        v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
+        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
@@ -535,7 +561,7 @@ class Backward:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
                 gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
-                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, k_state)
+                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
                     m_block, head = end - 1 - i // qhead_per_kvhead, unit.head * qhead_per_kvhead + i % qhead_per_kvhead
@@ -549,13 +575,12 @@ class Backward:
                             mbar_ptr=pipelines.q.producer_get_barrier(q_state),
                         )
                     if i == 0:
-                        load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, v_state)
+                        load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
                     load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
                     q_state.advance()
                 if total == 0:
-                    load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, v_state)
-                k_state.advance()
-                v_state.advance()
+                    load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
+                kv_state.advance()
                 tile += 1
             turn += 1
             unit = take_unit(scratch.next_unit.iterator, order, longest_first)
@@ -578,8 +603,7 @@ class Backward:
         """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
         dV and dK of every tile from there."""
         source = sdQ[None, 0, 0, wg].iterator
-        turn = Int32(0)
-        unit, _ = get_unit(units, turn)
+        unit, _ = get_unit(units)
         cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
@@ -588,7 +612,9 @@ class Backward:
                 await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
                 for i in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
                     cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
-                    m_block, target = self._position(i, unit, end, previous_end, order, qhead_per_kvhead, gmem, scratch, wg)
+                    m_block, target = self._position(
+                        i, unit, end, previous_end, order, qhead_per_kvhead, gmem, scratch, wg
+                    )
                     if cutlass.const_expr(self.deterministic):
                         await_count(target.turn, target.awaited)
                     with cute.arch.elect_one():
@@ -613,8 +639,7 @@ class Backward:
                         self._release_dq(wg)
                 cute.arch.cp_async_bulk_wait_group(0)
                 count_up(scratch.added.iterator + unit.slot)
-            turn += 1
-            unit, _ = get_unit(units, turn)
+            unit, _ = get_unit(units)
 
     @cute.jit
     def _release_dq(self, wg: Int32) -> None:
@@ -625,8 +650,8 @@ class Backward:
 
     @cute.jit
     def _conversions(self, unit: Unit, order: Order) -> Int32:
-        """How often MMA warps must have finished a part of a conversion before the slot is this unit's group's."""
-        return unit.generation * order.parts * (THREADS // 32)
+        """How often warps must have finished a part of a conversion before the slot is this unit's group's."""
+        return unit.generation * order.parts * self.converters
 
     @cute.jit
     def _previous_end(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
@@ -733,8 +758,7 @@ class Backward:
             if wg == 0:
                 cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        turn = Int32(0)
-        unit, tile = get_unit(pipelines.units, turn)
+        unit, tile = get_unit(pipelines.units)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 if cutlass.const_expr(not self.stages_dq):
@@ -742,7 +766,7 @@ class Backward:
                 q_state = self._tile(context, gmem, scratch, layouts, order, unit, tile, q_state, qhead_per_kvhead)
                 if cutlass.const_expr(not self.stages_dq):
                     count_up(scratch.added.iterator + unit.slot)
-            else:
+            elif cutlass.const_expr(not self.converts_aside):
                 await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * self.adders)
                 convert(
                     scratch,
@@ -754,8 +778,7 @@ class Backward:
                     self.dq_by_rows,
                 )
                 count_up(scratch.converted.iterator + unit.slot)
-            turn += 1
-            unit, tile = get_unit(pipelines.units, turn)
+            unit, tile = get_unit(pipelines.units)
 
     @cute.jit
     def _tile(
@@ -773,9 +796,7 @@ class Backward:
         """This warpgroup's part of a tile; the state of Q and dO after it."""
         mmas, regs, smem, pipelines, scoring, place = context
         wg = place.wg
-        k_stage = tile % self.k_stages
-        k_state = pipeline.PipelineState(self.k_stages, Int32(0), k_stage, tile // self.k_stages % 2)
-        v_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
+        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
         start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
         if cutlass.const_expr(not self.has_window):
@@ -783,11 +804,11 @@ class Backward:
         first_key = unit.index * self.tile_n + self._row(wg)
         total = (end - start) * qhead_per_kvhead
         left = total
-        pipelines.k.consumer_wait(k_state)
+        pipelines.k.consumer_wait(kv_state)
         if left > 0:
             pipelines.q.consumer_wait(q_state)
-        self._issue_s(mmas, regs, k_stage, q_state)
-        pipelines.v.consumer_wait(v_state)
+        self._issue_s(mmas, regs, q_state)
+        pipelines.v.consumer_wait(kv_state)
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
         where = unit, end, self._previous_end(unit, gmem, scoring.window), order, qhead_per_kvhead, gmem, scratch
@@ -797,39 +818,39 @@ class Backward:
                 left -= 1
                 m_block, target = self._target(total - 1 - left, where)
                 limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
+                self._block(context, q_state, left == total - 1, left, limits, target)
                 q_state.advance()
         masked = (unmasked_start - start) * qhead_per_kvhead
         while left > masked:
             left -= 1
             _, target = self._target(total - 1 - left, where)
-            self._block(context, k_stage, q_state, left == total - 1, left, None, target)
+            self._block(context, q_state, left == total - 1, left, None, target)
             q_state.advance()
         while left > 0:
             left -= 1
             m_block, target = self._target(total - 1 - left, where)
             limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-            self._block(context, k_stage, q_state, left == total - 1, left, limits, target)
+            self._block(context, q_state, left == total - 1, left, limits, target)
             q_state.advance()
         if cutlass.const_expr(self.splits_keys):
             if total > 0:
-                cute.arch.mbarrier_wait(
-                    pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
-                )
-            acc_dQ = self._issue_dq(mmas, regs, k_stage, 1 - q_state.index)
+                cute.arch.mbarrier_wait(pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index))
+            acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
             warpgroup.wait_group(0)
             if total > 0:
                 self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index, None)
         warpgroup.wait_group(0)
-        pipelines.k.consumer_release(k_state)
+        pipelines.k.consumer_release(kv_state)
         if total == 0:
-            pipelines.v.consumer_release(v_state)
+            pipelines.v.consumer_release(kv_state)
         if cutlass.const_expr(self.stores_by_tma):
             self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
             self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
         else:
             self._store(regs.acc_dV, gmem.dv[None, None, unit.head, unit.batch], first_key, place, Float32(1.0))
-            self._store(regs.acc_dK, gmem.dk[None, None, unit.head, unit.batch], first_key, place, scoring.softmax_scale)
+            self._store(
+                regs.acc_dK, gmem.dk[None, None, unit.head, unit.batch], first_key, place, scoring.softmax_scale
+            )
         return q_state
 
     @cute.jit
@@ -841,15 +862,14 @@ class Backward:
         return self._position(index, *where, cute.arch.warp_idx() - WARPGROUP // 32)
 
     @cute.jit
-    def _issue_s(self, mmas: Mmas, regs: Operands, k_stage: Int32, q_state: pipeline.PipelineState) -> None:
+    def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
         tSrQ = regs.tSrQ[None, None, None, q_state.index]
-        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, k_stage], tSrQ, self.head_dim // 16, zero_init=True)
+        issue(mmas.sdp, regs.acc_S, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16, zero_init=True)
 
     @cute.jit
     def _block(
         self,
         context: Context,
-        k_stage: Int32,
         state: pipeline.PipelineState,  # of this block's Q and dO
         is_first: Boolean,  # of its tile
         left: Int32,  # how many blocks of this tile come after this one
@@ -897,7 +917,7 @@ class Backward:
             issue(mmas.dv, regs.acc_dV, tVrP, tVrdO, self.tile_m // 16, zero_init=False)
             issue(mmas.dk, regs.acc_dK, tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         warpgroup.wait_group(1)  # dV: frees the registers of P
-        acc_dQ = self._issue_dq(mmas, regs, k_stage, dq_stage)
+        acc_dQ = self._issue_dq(mmas, regs, dq_stage)
         warpgroup.wait_group(1)  # dK: frees the registers of dS, and this block's stage
         cute.arch.sync_warp()  # all lanes have read its statistics
         pipelines.q.consumer_release(state)
@@ -906,7 +926,7 @@ class Backward:
         following.advance()
         if left > 0:
             pipelines.q.consumer_wait(following)
-        self._issue_s(mmas, regs, k_stage, following)
+        self._issue_s(mmas, regs, following)
         if cutlass.const_expr(self.splits_keys):
             cute.arch.barrier_arrive(barrier_id=TURN + 1 - place.wg, number_of_threads=THREADS)
         warpgroup.wait_group(1)
@@ -914,9 +934,9 @@ class Backward:
             self._give_dq(acc_dQ, smem, pipelines, place, dq_stage, target)
 
     @cute.jit
-    def _issue_dq(self, mmas: Mmas, regs: Operands, k_stage: Int32, stage: Int32) -> cute.Tensor:
+    def _issue_dq(self, mmas: Mmas, regs: Operands, stage: Int32) -> cute.Tensor:
         acc_dQ = cute.make_rmem_tensor(mmas.dq.partition_shape_C((self.tile_m, self.dq_columns)), Float32)
-        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, k_stage]
+        tQrdS, tQrK = regs.tQrdS[None, None, None, stage], regs.tQrK[None, None, None, 0]
         issue(mmas.dq, acc_dQ, tQrdS, tQrK, self.tile_n // 16, zero_init=True)
         return acc_dQ
 

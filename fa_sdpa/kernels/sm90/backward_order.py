@@ -7,9 +7,11 @@ A group is a key/value head of a sequence with the query heads that share it. Ea
 
 Sums of dQ are not kept for all groups, but in a ring of slots, so that they stay in L2: group g uses slot g % slots once
 the units that convert group g - slots are done. Groups are scheduled by sections. First come the tiles of `lag`
-sections; then, in turn, the tiles of a section and the conversion of the one `lag` sections before it; conversions last:
+sections; then, in rounds, the tiles of a section mixed with the conversion of the one `lag` sections before it; then the
+rest of the conversions:
 
-    lag 1:  tiles 0, tiles 1, convert 0, tiles 2, convert 1, …, tiles of the last, convert the one before, convert the last
+    lag 1:  tiles 0; tiles 1 and convert 0; tiles 2 and convert 1; …; tiles of the last and convert the one before;
+            convert the last
 
 so that sums are complete when they are asked for. With tiles that cost the same a section is one group, and the tiles of
 a group run side by side and share its Q and dO in L2. With a mask a section is about as many groups as fill the GPU,
@@ -21,7 +23,7 @@ and there is no deadlock, however few CTAs run at a time. (config.backward_sched
 holds; tests/test_kernels.py tries them.)
 
 In a CTA the producer warp takes a unit, once it has asked for all of the last one's loads, and tells the other warps
-through a queue of two entries in shared memory: full (1 arrival) → MMA and dQ warps, one arrival each at empty.
+through a queue of ENTRIES in shared memory: full (1 arrival) → all other warps that work, one arrival each at empty.
 """
 
 from typing import NamedTuple
@@ -31,8 +33,10 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 MULTIPLY, CONVERT, END = 0, 1, 2
-PART_BLOCKS = 4
-ENTRIES = 2
+PART_BLOCKS = 2
+ENTRIES_LOG2 = 2
+ENTRIES = 1 << ENTRIES_LOG2
+WARPS = 12  # of a CTA
 
 
 class Order(NamedTuple):
@@ -72,22 +76,29 @@ def find_unit(index: Int32, order: Order, longest_first: cutlass.Constexpr[bool]
         lead = groups * tiles
     kind, position = Int32(MULTIPLY), index  # among the tiles, or among the parts, of all groups
     if index >= lead:
-        per_round = full + section * parts
-        this_round = (index - lead) // per_round
+        converts = section * parts  # of a round
+        this_round = (index - lead) // (full + converts)
         if this_round >= rounds:
             this_round = rounds - 1
         if rounds <= 0:
             this_round = Int32(0)
-        rest = index - lead - this_round * per_round
         in_round = full
         if this_round == rounds - 1:
             in_round = groups * tiles - lead - this_round * full
         if rounds <= 0:
-            in_round = Int32(0)
+            in_round, converts = Int32(0), Int32(0)
+        rest = index - lead - this_round * (full + section * parts)
+        converted = rest - in_round  # units before this one that convert, of this round
         position = lead + this_round * full + rest
-        if rest >= in_round:
+        if rest < in_round + converts:
+            converted = rest * converts // (in_round + converts)
+            position -= converted
+            if (rest + 1) * converts // (in_round + converts) > converted:
+                kind = Int32(CONVERT)
+        else:
             kind = Int32(CONVERT)
-            position = this_round * section * parts + rest - in_round
+        if kind == CONVERT:
+            position = this_round * section * parts + converted
     group, item = position // parts, position % parts
     if kind == MULTIPLY:
         of_section = position // full
@@ -117,13 +128,14 @@ class Queue(NamedTuple):
     entries: cute.Tensor  # (FIELDS, ENTRIES) Int32
     full: cute.Pointer  # mbarriers, one per entry
     empty: cute.Pointer
+    turns: cute.Tensor  # (WARPS,) Int32 in shared memory: how many units each warp is done with; registers are few
 
 
 @cute.jit
 def put_unit(queue: Queue, turn: Int32, unit: Unit, tile: Int32) -> None:
     """By the whole producer warp, its unit number ``turn``; if it is a tile, number ``tile`` of them."""
-    entry = turn % ENTRIES
-    cute.arch.mbarrier_wait(queue.empty + entry, turn // ENTRIES % 2 ^ 1)
+    entry = turn & ENTRIES - 1
+    cute.arch.mbarrier_wait(queue.empty + entry, ~(turn >> ENTRIES_LOG2) & 1)
     if cute.arch.lane_idx() == 0:
         for i in cutlass.range_constexpr(FIELDS):
             queue.entries[i, entry] = (*unit, tile)[i]
@@ -132,15 +144,32 @@ def put_unit(queue: Queue, turn: Int32, unit: Unit, tile: Int32) -> None:
 
 
 @cute.jit
-def get_unit(queue: Queue, turn: Int32) -> tuple[Unit, Int32]:
-    """The same, by each consumer warp."""
-    entry = turn % ENTRIES
-    cute.arch.mbarrier_wait(queue.full + entry, turn // ENTRIES % 2)
+def get_unit(queue: Queue) -> tuple[Unit, Int32]:
+    """The same unit and tile, by each consumer warp."""
+    unit, tile = peek_unit(queue)
+    drop_unit(queue)
+    return unit, tile
+
+
+@cute.jit
+def peek_unit(queue: Queue) -> tuple[Unit, Int32]:
+    """A unit, and the tile's number, that stay in the queue until ``drop_unit``."""
+    turn = queue.turns[cute.arch.warp_idx()]
+    entry = turn & ENTRIES - 1
+    cute.arch.mbarrier_wait(queue.full + entry, turn >> ENTRIES_LOG2 & 1)
     fields = [cute.arch.make_warp_uniform(queue.entries[i, entry]) for i in range(FIELDS)]
+    return Unit(*fields[:-1]), fields[-1]
+
+
+@cute.jit
+def drop_unit(queue: Queue) -> None:
+    """Done with the unit, by each consumer warp."""
     cute.arch.sync_warp()
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive(queue.empty + entry)
-    return Unit(*fields[:-1]), fields[-1]
+        turn = queue.turns[cute.arch.warp_idx()]
+        cute.arch.mbarrier_arrive(queue.empty + (turn & ENTRIES - 1))
+        queue.turns[cute.arch.warp_idx()] = turn + 1
+    cute.arch.sync_warp()
 
 
 @cute.jit

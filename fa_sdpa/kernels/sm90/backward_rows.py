@@ -3,7 +3,6 @@
     prepare   a launch before the main kernel: δ_i = Σ dO_i ∘ O_i and lse_i in log2 units, side by side where the main
               kernel loads them; one CTA of THREADS threads for each block of tile_m rows of a head. And zeros: the
               sums of dQ, the counters
-    convert   by MMA warps of the main kernel: dQ = softmax_scale · the sums, in 16 bit and in dQ's memory layout
 
 Scratch memory, fp32, one tensor: for each block of rows of all heads 2 · tile_m statistics (lse, then δ); the ring of
 sums of dQ, with as many blocks in a slot as a group of query heads has, as the main kernel's threads hold them, one
@@ -21,14 +20,11 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64
 
-from ..common.fragments import pack_pair, read_thread_idx, transpose_in_quad
 from ..common.softmax import LOG2_E
-from .backward_order import PART_BLOCKS, Unit
 
 WARPGROUP, THREADS = 128, 256  # of threads; those of the main kernel that multiply
-CONVERT_REGISTERS = 128  # of a thread, for sums of dQ that are loaded at a time
 
 
 class Scratch(NamedTuple):
@@ -130,7 +126,7 @@ def prepare(
             scratch.statistics[row, Int64(index)] = lse
             scratch.statistics[tile_m + row, Int64(index)] = delta
     if index < cute.size(scratch.sums, mode=[4]):
-        _zero_block(scratch, Int64(index), tidx)
+        zero_block(scratch, Int64(index), tidx)
         if cutlass.const_expr(scratch.turns is not None):
             if tidx < cute.size(scratch.turns, mode=[0]):
                 scratch.turns[tidx, Int64(index)] = 0
@@ -144,7 +140,7 @@ def prepare(
 
 
 @cute.jit
-def _zero_block(scratch: Scratch, block: Int64, tidx: Int32) -> None:
+def zero_block(scratch: Scratch, block: Int64, tidx: Int32) -> None:
     """Zero this thread's share of a block's sums."""
     zeros = cute.make_rmem_tensor(4, Float32)
     zeros.fill(0.0)
@@ -165,10 +161,9 @@ def await_count(counter: cute.Pointer, count: Int32) -> None:
 
 @cute.jit
 def _publish() -> None:
-    """Order all that the lanes of this warp have written, and bulk reductions that they waited for, before what one of
-    them writes next."""
+    """Order all that the lanes of this warp have written, and bulk operations that they waited for, before what one of
+    them releases next."""
     cute.arch.fence_proxy("async.global")
-    cute.arch.fence_acq_rel_gpu()
     cute.arch.sync_warp()
 
 
@@ -186,78 +181,3 @@ def end_turn(counter: cute.Pointer, value: Int32) -> None:
     _publish()
     with cute.arch.elect_one():
         cute.arch.store(counter, value, sem="release", scope="gpu")
-
-
-@cute.jit
-def convert(
-    scratch: Scratch,
-    mdQ: cute.Tensor,  # (s_q, d, h, b)
-    unit: Unit,
-    qhead_per_kvhead: Int32,
-    softmax_scale: Float32,
-    tile_m: cutlass.Constexpr[int],
-    by_rows: cutlass.Constexpr[bool],  # whether a warpgroup has 64 rows of dQ, or half of its columns
-) -> None:
-    """dQ of the blocks of a unit, this thread's share, from complete sums; then zeros for the slot's next user."""
-    tidx = read_thread_idx() - WARPGROUP
-    thread, wg = tidx % WARPGROUP, tidx // WARPGROUP
-    seqlen_q, head_dim, _, _ = mdQ.shape
-    blocks = cute.ceil_div(seqlen_q, tile_m)
-    per_slot = blocks * qhead_per_kvhead
-    groups = cute.size(scratch.sums, mode=[2])  # of eight columns, that this thread has sums in
-    first_row, first_group = thread // 32 * 16 + thread % 32 // 4, Int32(0)
-    if cutlass.const_expr(by_rows):
-        first_row += 64 * wg
-    else:
-        first_group = groups * wg
-    load = cute.make_copy_atom(
-        cute.nvgpu.CopyG2ROp(),
-        Float32,
-        num_bits_per_copy=128,
-        memory_order=cute.nvgpu.MemoryOrder.RELAXED,
-        memory_scope=cute.nvgpu.MemoryScope.GPU,
-    )
-    batch = max(1, min(PART_BLOCKS, CONVERT_REGISTERS // (4 * groups)))  # blocks whose loads are in flight together
-    start = unit.index * PART_BLOCKS
-    for first in cutlass.range(start, cutlass.min(start + PART_BLOCKS, per_slot), batch, unroll=1):
-        sums = cute.make_rmem_tensor((4, groups, batch), Float32)
-        for b in cutlass.range_constexpr(batch):
-            ring_block = Int64(unit.slot * per_slot + cutlass.min(first + b, per_slot - 1))
-            for i in cutlass.range_constexpr(groups):
-                cute.copy(load, scratch.sums[None, thread, i, wg, ring_block], sums[None, i, b])
-        for b in cutlass.range_constexpr(batch):
-            block = first + b
-            if unit.is_reused == 1 and block < per_slot:
-                _zero_block(scratch, Int64(unit.slot * per_slot + block), tidx)
-            head = unit.head * qhead_per_kvhead + block // blocks
-            row = block % blocks * tile_m + first_row
-            for r in cutlass.range_constexpr(2):
-                gdQ = cute.zipped_divide(mdQ[row + 8 * r, None, head, unit.batch], (8,))
-                is_row = row + 8 * r < seqlen_q and block < per_slot
-                _store_row(gdQ, is_row, sums[None, None, b], r, softmax_scale, first_group)
-
-
-@cute.jit
-def _store_row(
-    gdQ: cute.Tensor,  # (8, columns / 8) of a row, 16 bit
-    is_row: Boolean,  # whether there is such a row
-    sums: cute.Tensor,  # (4, groups) registers, as two values of each of two rows
-    r: cutlass.Constexpr[int],
-    softmax_scale: Float32,
-    first_group: Int32,
-) -> None:
-    """Round a quad's sums of one of its two rows and write them, 16 bytes a lane."""
-    store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), gdQ.element_type, num_bits_per_copy=128)
-    groups, lane = cute.size(sums, mode=[1]), cute.arch.lane_idx() % 4
-    for i in cutlass.range_constexpr(0, groups, 4):
-        words = cute.make_rmem_tensor(4, Int32)
-        for j in cutlass.range_constexpr(4):
-            words[j] = Int32(0)
-            if cutlass.const_expr(i + j < groups):
-                low, high = sums[2 * r, i + j] * softmax_scale, sums[2 * r + 1, i + j] * softmax_scale
-                words[j] = pack_pair(low, high, gdQ.element_type)
-        transpose_in_quad(words)
-        group = first_group + i + lane
-        if is_row and i + lane < groups and group < cute.size(gdQ, mode=[1]):
-            values = cute.make_tensor(cute.recast_ptr(words.iterator, dtype=gdQ.element_type), cute.make_layout(8))
-            cute.copy(store, values, gdQ[None, group])

@@ -16,6 +16,7 @@ from ..key import KernelKey
 ARCH = 90
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
+ASIDE_BYTES = (2 * 4 + 1) * 2048  # two buffers of four slabs of dQ's sums, and a slab of zeros
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
 TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
@@ -197,22 +198,26 @@ class BackwardConfig:
         return self.splits_keys and self.stages_dq and tile <= room
 
     @property
-    def k_stages(self) -> int:
-        """2 where there is room: then the next tile's K is loaded while this one's is still in use."""
-        return 2 if self._smem_bytes(self.stages_dq, k_stages=2) <= SMEM_PER_BLOCK else 1
+    def converts_aside(self) -> bool:
+        """Whether a warp that is else idle has shared memory to convert dQ's sums in; if not, the MMA warps do."""
+        return self._smem_bytes(stages_dq=True) + ASIDE_BYTES <= SMEM_PER_BLOCK
+
+    @property
+    def converters(self) -> int:
+        """Warps of a CTA that convert a part of the sums."""
+        return 1 if self.converts_aside else 4 * self.mma_warpgroups
 
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq, self.k_stages)
+        return self._smem_bytes(self.stages_dq) + (ASIDE_BYTES if self.converts_aside else 0)
 
-    def _smem_bytes(self, stages_dq: bool, k_stages: int = 1) -> int:
-        """16-bit K in every stage of its own, and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
+    def _smem_bytes(self, stages_dq: bool) -> int:
+        """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n * (1 if self.splits_keys else 2)
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
-        keys = self.tile_n * (k_stages * self.head_dim_smem + self.head_dim_v_smem)
-        tiles = 2 * (keys + self.stages * (self.tile_m * width + scores))
+        tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
