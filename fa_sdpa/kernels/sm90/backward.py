@@ -78,6 +78,7 @@ from ..common.atomics import add_fragment, bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..key import KernelKey
+from .backward_convert import BUFFERS, SLAB, SLABS, convert, convert_aside
 from .backward_order import (
     END,
     ENTRIES,
@@ -92,7 +93,6 @@ from .backward_order import (
     put_unit,
     take_unit,
 )
-from .backward_convert import BUFFERS, SLAB, SLABS, convert, convert_aside
 from .backward_rows import (
     THREADS,
     WARPGROUP,

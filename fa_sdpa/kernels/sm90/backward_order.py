@@ -5,25 +5,25 @@ A group is a key/value head of a sequence with the query heads that share it. Ea
     MULTIPLY   one for each tile of keys: its dK and dV, and additions to the group's sums of dQ
     CONVERT    one for each PART_BLOCKS blocks of query rows: dQ from the sums, which become zero again
 
-Sums of dQ are not kept for all groups, but in a ring of slots, so that they stay in L2: group g uses slot g % slots once
-the units that convert group g - slots are done. Groups are scheduled by sections. First come the tiles of `lag`
-sections; then, in rounds, the tiles of a section mixed with the conversion of the one `lag` sections before it; then the
-rest of the conversions:
+Sums of dQ are not kept for all groups, but in a ring of slots, so that they stay in L2: group g uses slot g % slots
+once the units that convert group g - slots are done. Groups are scheduled by sections. First come the tiles of `lag`
+sections; then, in rounds, the tiles of a section mixed with the conversion of the one `lag` sections before it; then
+the rest of the conversions:
 
     lag 1:  tiles 0; tiles 1 and convert 0; tiles 2 and convert 1; …; tiles of the last and convert the one before;
             convert the last
 
-so that sums are complete when they are asked for. With tiles that cost the same a section is one group, and the tiles of
-a group run side by side and share its Q and dO in L2. With a mask a section is about as many groups as fill the GPU,
-longest tiles first over all of them; the last section has up to twice as many, for balance at the end.
+so that sums are complete when they are asked for. With tiles that cost the same a section is one group, and the tiles
+of a group run side by side and share its Q and dO in L2. With a mask a section is about as many groups as half fill the
+GPU, longest tiles first over all of them; the last section has up to twice as many, for balance at the end.
 
-CTAs take the units in rising order by an atomic counter. Every wait is for units of lower index: of a slot's user for the
-conversion before, of a conversion for all tiles of its group. So a unit waits only for units that some running CTA has,
-and there is no deadlock, however few CTAs run at a time. (config.backward_schedule chooses the numbers so that this
-holds; tests/test_kernels.py tries them.)
+CTAs take the units in rising order by an atomic counter. Every wait is for units of lower index: of a slot's user for
+the conversion before, of a conversion for all tiles of its group, in deterministic mode of a tile for the group's tile
+before. So a unit waits only for units that some running CTA has, and there is no deadlock, however few CTAs run at a
+time. (config.backward_schedule chooses the numbers so that this holds; tests/test_kernels.py tries them.)
 
 In a CTA the producer warp takes a unit, once it has asked for all of the last one's loads, and tells the other warps
-through a queue of ENTRIES in shared memory: full (1 arrival) → all other warps that work, one arrival each at empty.
+through a queue in shared memory: full (1 arrival) → all other warps that work, one arrival each at empty.
 """
 
 from typing import NamedTuple

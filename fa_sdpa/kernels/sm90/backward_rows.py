@@ -1,17 +1,16 @@
-"""What the backward does to rows of queries beside its multiplications, and its scratch memory.
+"""What the backward does to rows of queries before its main kernel, and its scratch memory.
 
-    prepare   a launch before the main kernel: δ_i = Σ dO_i ∘ O_i and lse_i in log2 units, side by side where the main
-              kernel loads them; one CTA of THREADS threads for each block of tile_m rows of a head. And zeros: the
-              sums of dQ, the counters
+    prepare   δ_i = Σ dO_i ∘ O_i and lse_i in log2 units, side by side where the main kernel loads them; one CTA of
+              THREADS threads for each block of tile_m rows of a head. And zeros: the sums of dQ, the counters
 
 Scratch memory, fp32, one tensor: for each block of rows of all heads 2 · tile_m statistics (lse, then δ); the ring of
 sums of dQ, with as many blocks in a slot as a group of query heads has, as the main kernel's threads hold them, one
 warpgroup after the other: four values of its thread 0, of its thread 1, …, the next four of thread 0, …; counters.
 
 Counters, Int32: the next unit of work; for each slot how often warps that add to it finished a tile; for each slot how
-often warps finished a part of its conversion. (The order of units: backward_order.py.) In deterministic mode also, for each
-block of the ring and each warp of a CTA that adds to it, which tiles have: the number of the last one, plus 1, plus the
-tiles of the slot's earlier users. Counters only ever rise.
+often warps finished a part of its conversion. (The order of units: backward_order.py.) In deterministic mode also, for
+each block of the ring and each warp of a CTA that adds to it, which tiles have: the number of the last one, plus 1,
+plus the tiles of the slot's earlier users. Counters only ever rise.
 
 Rows beyond seqlen_q, and rows that saw no key, get lse = +inf: exp2(s - inf) = 0 keeps them out of every gradient.
 """

@@ -367,13 +367,14 @@ class Schedule(NamedTuple):
 def backward_schedule(groups: int, tiles: int, longest_first: bool, num_sms: int) -> Schedule:
     """Order of ``groups`` key/value heads with ``tiles`` tiles of keys each.
 
-    What a slot holds was added up by tiles that ran a whole wave before it is converted, and is converted about half a
-    wave before it is needed again. For speed only, but for ``slots``, which must be at least lag · section groups, and
-    the groups of a section more.
+    What a slot holds was added up by tiles that were taken about a wave of CTAs before it is converted, and is converted
+    some time before it is needed again. Longest first, a section is half a wave, and the last one has up to twice as
+    many groups, for balance at the end. For speed only, but for ``slots``, which must be at least lag · section groups,
+    and the groups of a section more.
     """
     if longest_first:
-        section, lag, margin = max(1, round(num_sms / tiles)), 1, 0
-        sections = max(1, -(-groups // section) - 1)
+        section, margin = max(1, num_sms // (2 * tiles)), 0
+        lag, sections = 1 + -(-9 * num_sms // (10 * section * tiles)), max(1, -(-groups // section) - 1)
     else:
         section, sections = 1, groups
         lag, margin = -(-5 * num_sms // (4 * tiles)), -(-2 * num_sms // (5 * tiles))
