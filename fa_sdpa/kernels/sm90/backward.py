@@ -78,7 +78,7 @@ from ..common.atomics import add_fragment, bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..key import KernelKey
-from .backward_convert import BUFFERS, SLAB, SLABS, convert, convert_aside
+from .backward_convert import BUFFERS, SLAB, SLABS, Aside, convert, convert_aside
 from .backward_order import (
     END,
     ENTRIES,
@@ -144,6 +144,7 @@ class Layouts(NamedTuple):
     scores: cute.ComposedLayout
     dk: cute.ComposedLayout  # (64, columns, 1), in dQ's place
     dv: cute.ComposedLayout
+    dq: cute.ComposedLayout  # (64, columns of a warpgroup, 1)
 
 
 class Gmem(NamedTuple):
@@ -155,11 +156,11 @@ class Gmem(NamedTuple):
     do: cute.Tensor  # (s_q, dv, h, b)
     dk: cute.Tensor  # (s_k, d, h_kv, b)
     dv: cute.Tensor  # (s_k, dv, h_kv, b)
-    dq: cute.Tensor  # (s_q, d, h, b), not for TMA
+    dq: cute.Tensor  # (s_q, d, h, b)
 
 
 class Atoms(NamedTuple):
-    """TMA copies of one tile each, of dK and dV the 64 keys of a warpgroup."""
+    """TMA copies of one tile each, of dK, dV and dQ a warpgroup's 64 rows."""
 
     k: cute.CopyAtom
     v: cute.CopyAtom
@@ -167,6 +168,7 @@ class Atoms(NamedTuple):
     do: cute.CopyAtom
     dk: cute.CopyAtom | None
     dv: cute.CopyAtom | None
+    dq: cute.CopyAtom | None
 
 
 class Mmas(NamedTuple):
@@ -246,6 +248,7 @@ class Backward:
         self.dq_columns, self.stages_dq = config.dq_columns, config.stages_dq
         self.stores_by_tma = config.stores_by_tma
         self.converts_aside, self.converters = config.converts_aside, config.converters
+        self.dq_columns_of_warpgroup = config.dq_columns_of_warpgroup
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread
         self.dk_columns = self.head_dim if self.splits_keys else self.width
         self.dv_columns = self.head_dim_v if self.splits_keys else self.width_v
@@ -265,6 +268,7 @@ class Backward:
             scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
             dk=smem_layout(self.dtype, 64, self.dk_columns, 1),
             dv=smem_layout(self.dtype, 64, self.dv_columns, 1),
+            dq=smem_layout(self.dtype, 64, self.dq_columns_of_warpgroup, 1),
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
@@ -316,6 +320,7 @@ class Backward:
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
             sP: buffer(None if self.splits_keys else layouts.scores)  # type: ignore[valid-type]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
+            sdQ_rounded: buffer(layouts.dq if self.converts_aside else None)  # type: ignore[valid-type]
             sums: cute.struct.MemRange[Float32, SLAB * SLABS * BUFFERS * self.converts_aside]
             zeros: cute.struct.MemRange[Float32, SLAB * self.converts_aside]
 
@@ -364,6 +369,10 @@ class Backward:
                 (store, mdV, layouts.dv, 64, self.dv_columns),
             )
         ]
+        dq_atom, gdQ = None, s_d_h_b(mdQ)
+        if cutlass.const_expr(self.converts_aside):
+            dq_layout = cute.select(layouts.dq, mode=[0, 1])
+            dq_atom, gdQ = cpasync.make_tiled_tma_atom(store, gdQ, dq_layout, (64, self.dq_columns_of_warpgroup))
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_columns)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
@@ -385,8 +394,8 @@ class Backward:
         groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
         parts = cute.ceil_div(blocks * group, PART_BLOCKS)
         self.kernel(
-            Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ)),
+            Atoms(*(atom for atom, _ in copies), dq_atom),
+            Gmem(*(tensor for _, tensor in copies), gdQ),
             scratch,
             Scoring(
                 softmax_scale,
@@ -420,8 +429,9 @@ class Backward:
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms[: 6 if self.stores_by_tma else 4]:
-                cpasync.prefetch_descriptor(atom)
+            for atom in atoms:
+                if cutlass.const_expr(atom is not None):
+                    cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
@@ -493,16 +503,22 @@ class Backward:
                     )
             if cutlass.const_expr(self.converts_aside):
                 if warp_idx == 3:
-                    convert_aside(
-                        scratch,
-                        gmem.dq,
-                        pipelines.units,
-                        order,
+                    rounded = storage.sdQ_rounded.get_tensor(layouts.dq.outer, swizzle=layouts.dq.inner)
+                    aside = Aside(
                         storage.sums.get_tensor(cute.make_layout((4, WARPGROUP, SLABS, BUFFERS))),
                         storage.zeros.get_tensor(cute.make_layout(SLAB)),
                         storage.converting.data_ptr(),
-                        qhead_per_kvhead,
+                        rounded[None, None, 0],
+                        atoms.dq,
+                        gmem.dq,
                         scoring.softmax_scale,
+                    )
+                    convert_aside(
+                        scratch,
+                        aside,
+                        pipelines.units,
+                        order,
+                        qhead_per_kvhead,
                         self.tile_m,
                         self.dq_by_rows,
                         self.adders,

@@ -2,20 +2,23 @@
 
 A unit of work is PART_BLOCKS blocks of query rows of a group. Where shared memory has room, a warp of its own converts
 (``convert_aside``): bulk copies bring slabs of 2 KB, the same four values of all threads of a warpgroup, four at a time
-into one of two buffers, and bulk copies of a slab of zeros follow. Elsewhere the MMA warps convert (``convert``).
-
-A quad's lanes hold four sums of every eight columns: two neighbours of a row, and two of the row eight further on. Four
-lanes exchange those of 32 columns, so that each has eight neighbours, 16 bytes, to store.
+into one of two buffers; bulk copies of a slab of zeros follow; TMA stores dQ, a warpgroup's part of a block at a time.
+Elsewhere the MMA warps convert (``convert``), from registers. A quad's lanes hold four sums of every eight columns: two
+neighbours of a row, and two of the row eight further on. Four lanes exchange those of 32 columns, so that each has eight
+neighbours, 16 bytes, to store.
 """
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
-from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu import cpasync, warp
 
 from ..common.fragments import pack_pair, read_thread_idx, transpose_in_quad
 from .backward_order import CONVERT, END, PART_BLOCKS, Order, Queue, Unit, drop_unit, peek_unit
 from .backward_rows import WARPGROUP, Scratch, await_count, count_up, zero_block
+from .wgmma import K_MAJOR, MN_MAJOR, tiled_mma
 
 CONVERT_REGISTERS = 128  # of an MMA thread, for sums that are loaded at a time
 SLAB = 4 * WARPGROUP  # sums
@@ -103,53 +106,46 @@ def _store_words(words: cute.Tensor, target: cute.Tensor) -> None:
     cute.copy(store, values, target)
 
 
+class Aside(NamedTuple):
+    """What the warp that converts works with."""
+
+    buffers: cute.Tensor  # (4, WARPGROUP, SLABS, BUFFERS) fp32 in shared memory
+    zeros: cute.Tensor  # (SLAB,) fp32 in shared memory
+    full: cute.Pointer  # mbarriers, one per buffer
+    sdQ: cute.Tensor  # (64, columns) of a warpgroup, 16 bit in shared memory
+    atom: cute.CopyAtom  # TMA store of it
+    mdQ: cute.Tensor  # (s_q, d, h, b), TMA coordinates
+    softmax_scale: Float32
+
+
 @cute.jit
 def convert_aside(
     scratch: Scratch,
-    mdQ: cute.Tensor,  # (s_q, d, h, b)
+    aside: Aside,
     units: Queue,
     order: Order,
-    buffers: cute.Tensor,  # (4, WARPGROUP, SLABS, BUFFERS) fp32 in shared memory
-    zeros: cute.Tensor,  # (SLAB,) fp32 in shared memory
-    full: cute.Pointer,  # mbarriers, one per buffer
     qhead_per_kvhead: Int32,
-    softmax_scale: Float32,
     tile_m: cutlass.Constexpr[int],
     by_rows: cutlass.Constexpr[bool],
     adders: cutlass.Constexpr[int],  # warps of a CTA that add to the sums
 ) -> None:
     """The warp that converts: its part of all units of this CTA."""
-    per_slot = cute.ceil_div(mdQ.shape[0], tile_m) * qhead_per_kvhead
+    per_slot = cute.ceil_div(aside.mdQ.shape[0], tile_m) * qhead_per_kvhead
     for i in cutlass.range_constexpr(SLAB // 32):
-        zeros[i * 32 + cute.arch.lane_idx()] = Float32(0.0)
+        aside.zeros[i * 32 + cute.arch.lane_idx()] = Float32(0.0)
     cute.arch.fence_view_async_shared()
     cute.arch.sync_warp()
-    done = Int32(0)
     unit, _ = peek_unit(units)
     while unit.kind != END:
         if unit.kind == CONVERT:
             await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * adders)
             block, is_part = unit.index * PART_BLOCKS, Boolean(True)
             while is_part:
-                unit, _ = peek_unit(units)  # again: registers are few
-                _convert_block(
-                    scratch,
-                    mdQ,
-                    unit,
-                    buffers,
-                    zeros,
-                    full,
-                    qhead_per_kvhead,
-                    softmax_scale,
-                    tile_m,
-                    by_rows,
-                    block,
-                    done,
-                )
-                done += 1
+                _convert_block(scratch, aside, units, qhead_per_kvhead, tile_m, by_rows, block)
                 block += 1
                 is_part = block % PART_BLOCKS != 0 and block < per_slot
             cute.arch.cp_async_bulk_wait_group(0)
+            unit, _ = peek_unit(units)
             count_up(scratch.converted.iterator + unit.slot)
         drop_unit(units)
         unit, _ = peek_unit(units)
@@ -158,101 +154,102 @@ def convert_aside(
 @cute.jit
 def _convert_block(
     scratch: Scratch,
-    mdQ: cute.Tensor,
-    unit: Unit,
-    buffers: cute.Tensor,
-    zeros: cute.Tensor,
-    full: cute.Pointer,
+    aside: Aside,
+    units: Queue,
     qhead_per_kvhead: Int32,
-    softmax_scale: Float32,
     tile_m: cutlass.Constexpr[int],
     by_rows: cutlass.Constexpr[bool],
     block: Int32,  # of the group
-    done: Int32,  # blocks that this warp has converted before
 ) -> None:
-    """A block of query rows, in pieces of SLABS slabs, two of which are on their way at a time."""
+    """A block of query rows: for each warpgroup its pieces of SLABS slabs, each in a buffer of its own. Registers are few:
+    what the unit says is read from the queue again and again."""
     slabs = cute.size(scratch.sums, mode=[2])  # of a warpgroup: groups of eight columns
-    pieces = -(-slabs // SLABS)
-    blocks = cute.ceil_div(mdQ.shape[0], tile_m)
-    sums = scratch.sums[None, 0, None, None, Int64(unit.slot * qhead_per_kvhead * blocks + block)]
-    gdQ = mdQ[None, None, unit.head * qhead_per_kvhead + block // blocks, unit.batch]
-    first_row = block % blocks * tile_m
-    for p in cutlass.range_constexpr(2 * pieces):
-        if cutlass.const_expr(p == 0):
-            _load_piece(sums, buffers, full, 0)
-            _load_piece(sums, buffers, full, 1)
-        cute.arch.mbarrier_wait(full + p % BUFFERS, done * pieces + p // BUFFERS & 1)
-        wg, first = p // pieces, p % pieces * SLABS
-        if unit.is_reused == 1:
-            _zero_piece(sums, zeros, p)
-        row, group = (first_row + 64 * wg, first) if by_rows else (first_row, first + slabs * wg)
-        _convert_piece(buffers, p % BUFFERS, gdQ, row, group, min(SLABS, slabs - first), softmax_scale)
+    blocks = cute.ceil_div(aside.mdQ.shape[0], tile_m)
+    per_slot = qhead_per_kvhead * blocks
+    for p in cutlass.range_constexpr(0, slabs, SLABS):
+        _load_piece(_sums(scratch, units, per_slot, block, Int32(0)), aside, p)
+    for wg in cutlass.range(2, unroll=1):
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # by the last store of dQ
         cute.arch.sync_warp()
-        if cutlass.const_expr(p + BUFFERS < 2 * pieces):
-            _load_piece(sums, buffers, full, p + BUFFERS)
+        for p in cutlass.range_constexpr(0, slabs, SLABS):
+            cute.arch.mbarrier_wait(aside.full + p // SLABS, wg)
+            unit, _ = peek_unit(units)
+            if unit.is_reused == 1:
+                _zero_piece(_sums(scratch, units, per_slot, block, wg), aside.zeros, p)
+            _convert_piece(aside, p)
+            cute.arch.fence_view_async_shared()
+            cute.arch.sync_warp()
+            if wg == 0:
+                _load_piece(_sums(scratch, units, per_slot, block, wg + 1), aside, p)
+        unit, _ = peek_unit(units)
+        row, column = block % blocks, wg
+        if cutlass.const_expr(by_rows):
+            row, column = 2 * row + wg, Int32(0)
+        mdQ = aside.mdQ[None, None, unit.head * qhead_per_kvhead + block // blocks, unit.batch]
+        gdQ = cute.local_tile(mdQ, (64, cute.size(aside.sdQ, mode=[1])), (row, column))
+        tXsX, tXgX = cpasync.tma_partition(
+            aside.atom, 0, cute.make_layout(1), cute.group_modes(aside.sdQ, 0, 2), cute.group_modes(gdQ, 0, 2)
+        )
+        cute.copy(aside.atom, tXsX, tXgX)
+        cute.arch.cp_async_bulk_commit_group()
+
+
+@cute.jit
+def _sums(scratch: Scratch, units: Queue, per_slot: Int32, block: Int32, wg: Int32) -> cute.Tensor:
+    """(4, slabs) sums of a warpgroup's part of a block of the group of the unit, those of its first thread."""
+    unit, _ = peek_unit(units)
+    return scratch.sums[None, 0, None, wg, Int64(unit.slot * per_slot + block)]
 
 
 @cute.jit
 def _load_piece(
-    sums: cute.Tensor,  # (4, slabs, 2) of a block, those of the first thread
-    buffers: cute.Tensor,
-    full: cute.Pointer,
-    index: cutlass.Constexpr[int],
+    sums: cute.Tensor,  # (4, slabs)
+    aside: Aside,
+    first: cutlass.Constexpr[int],  # slab
 ) -> None:
-    """Load a piece of a block into its buffer, which no lane reads any more."""
-    slabs, buffer = sums.shape[1], index % BUFFERS
-    pieces = -(-slabs // SLABS)
-    wg, first = index // pieces, index % pieces * SLABS
-    count = min(SLABS, slabs - first)
+    """Load a piece into its buffer, which no lane reads any more."""
+    count, buffer = min(SLABS, sums.shape[1] - first), first // SLABS
     with cute.arch.elect_one():
-        cute.arch.mbarrier_arrive_and_expect_tx(full + buffer, count * (4 * SLAB))
+        cute.arch.mbarrier_arrive_and_expect_tx(aside.full + buffer, count * (4 * SLAB))
         cute.copy(
             cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-            cute.make_tensor(sums[None, first, wg].iterator, cute.make_layout(count * SLAB)),
-            cute.make_tensor(buffers[None, 0, 0, buffer].iterator, cute.make_layout(count * SLAB)),
-            mbar_ptr=full + buffer,
+            cute.make_tensor(sums[None, first].iterator, cute.make_layout(count * SLAB)),
+            cute.make_tensor(aside.buffers[None, 0, 0, buffer].iterator, cute.make_layout(count * SLAB)),
+            mbar_ptr=aside.full + buffer,
         )
 
 
 @cute.jit
-def _zero_piece(sums: cute.Tensor, zeros: cute.Tensor, index: cutlass.Constexpr[int]) -> None:
-    """Store zeros in the place of a piece of a block, asynchronously, as one bulk group."""
-    slabs = sums.shape[1]
-    pieces = -(-slabs // SLABS)
-    wg, first = index // pieces, index % pieces * SLABS
+def _zero_piece(sums: cute.Tensor, zeros: cute.Tensor, first: cutlass.Constexpr[int]) -> None:
+    """Store zeros in the place of a piece, asynchronously, as one bulk group."""
     with cute.arch.elect_one():
-        for k in cutlass.range_constexpr(min(SLABS, slabs - first)):
-            target = cute.make_tensor(sums[None, first + k, wg].iterator, cute.make_layout(SLAB))
+        for k in cutlass.range_constexpr(first, min(first + SLABS, sums.shape[1])):
+            target = cute.make_tensor(sums[None, k].iterator, cute.make_layout(SLAB))
             cute.copy(cute.make_copy_atom(cpasync.CopyBulkS2GOp(), Float32), zeros, target)
     cute.arch.cp_async_bulk_commit_group()
 
 
 @cute.jit
-def _convert_piece(
-    buffers: cute.Tensor,
-    buffer: cutlass.Constexpr[int],
-    gdQ: cute.Tensor,  # (s_q, d) of a head
-    first_row: Int32,
-    first_group: cutlass.Constexpr[int],  # of eight columns
-    groups: cutlass.Constexpr[int],  # that the piece has
-    softmax_scale: Float32,
-) -> None:
-    """dQ of 64 rows and 8 · groups columns."""
-    lane = cute.arch.lane_idx()
-    load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=64)
-    group = first_group + lane % 4
-    is_group = lane % 4 < groups and group < gdQ.shape[1] // 8
-    start = buffers[None, None, None, buffer].iterator + lane * 4
-    for i in cutlass.range(8, unroll=1):  # of eight rows: of each of a warpgroup's four warps, the first and the second
-        words = cute.make_rmem_tensor(4, Int32)
-        for k in cutlass.range_constexpr(SLABS):
-            pair = cute.make_rmem_tensor(2, Float32)
-            pair.fill(0.0)
-            if cutlass.const_expr(k < groups):
-                source = (start + (i // 2 * 128 + i % 2 * 2 + k * SLAB)).align(8)
-                cute.copy(load, cute.make_tensor(source, cute.make_layout(2)), pair)
-            words[k] = pack_pair(pair[0] * softmax_scale, pair[1] * softmax_scale, gdQ.element_type)
-        transpose_in_quad(words)
-        row = first_row + i * 8 + lane // 4
-        if is_group and row < gdQ.shape[0]:
-            _store_words(words, cute.zipped_divide(gdQ[row, None], (8,))[None, group])
+def _convert_piece(aside: Aside, first: cutlass.Constexpr[int]) -> None:
+    """Round a piece, and write it to its columns of the tile in shared memory."""
+    dtype, columns = aside.sdQ.element_type, cute.size(aside.sdQ, mode=[1])
+    count = min(SLABS, columns // 8 - first)
+    mma = tiled_mma(dtype, (K_MAJOR, MN_MAJOR), (1, 1), columns, a_in_registers=True)
+    store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), dtype)
+    load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+    for w in cutlass.range(4, unroll=1):  # the warps of a warpgroup, one after the other
+        thread = w * 32 + read_thread_idx() % 32
+        copy = cute.make_tiled_copy_C(store, mma).get_slice(thread)
+        rounded = cute.make_rmem_tensor(mma.partition_shape_C((64, columns)), dtype)
+        words = cute.recast_tensor(rounded, Int32)
+        source, target = copy.retile(rounded), copy.partition_D(aside.sdQ)
+        for k in cutlass.range_constexpr(0, count, 2):
+            sums = cute.make_rmem_tensor((4, 2), Float32)
+            for j in cutlass.range_constexpr(2):
+                cute.copy(load, aside.buffers[None, thread, k + j, first // SLABS], sums[None, j])
+            for j in cutlass.range_constexpr(2):
+                for r in cutlass.range_constexpr(2):
+                    low, high = sums[2 * r, j] * aside.softmax_scale, sums[2 * r + 1, j] * aside.softmax_scale
+                    words[2 * (first + k + j) + r] = pack_pair(low, high, dtype)
+            pair = (first + k) // 2
+            cute.copy(copy, source[None, None, pair], target[None, None, pair])

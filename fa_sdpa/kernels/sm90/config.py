@@ -16,7 +16,7 @@ from ..key import KernelKey
 ARCH = 90
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
-ASIDE_BYTES = (2 * 4 + 1) * 2048  # two buffers of four slabs of dQ's sums, and a slab of zeros
+ASIDE_BYTES = (2 * 4 + 1) * 2048 + 1024  # two buffers of four slabs of dQ's sums, a slab of zeros; alignment
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
 TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
@@ -136,7 +136,7 @@ class BackwardConfig:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers per thread of an MMA warpgroup and of the producer after reallocation (64 K per SM)."""
-        return 240, 24
+        return (232, 40) if self.converts_aside else (240, 24)
 
     @property
     def splits_keys(self) -> bool:
@@ -200,7 +200,17 @@ class BackwardConfig:
     @property
     def converts_aside(self) -> bool:
         """Whether a warp that is else idle has shared memory to convert dQ's sums in; if not, the MMA warps do."""
-        return self._smem_bytes(stages_dq=True) + ASIDE_BYTES <= SMEM_PER_BLOCK
+        fits = self._smem_bytes(stages_dq=True) + self._aside_bytes <= SMEM_PER_BLOCK
+        return fits and self.dq_columns_of_warpgroup <= 64
+
+    @property
+    def dq_columns_of_warpgroup(self) -> int:
+        return self.dq_columns if self.dq_by_rows else self.dq_columns // 2
+
+    @property
+    def _aside_bytes(self) -> int:
+        """Shared memory to convert in: beside ASIDE_BYTES a warpgroup's part of a block of dQ, in 16 bit."""
+        return ASIDE_BYTES + 2 * 64 * self.dq_columns_of_warpgroup
 
     @property
     def converters(self) -> int:
@@ -210,7 +220,7 @@ class BackwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq) + (ASIDE_BYTES if self.converts_aside else 0)
+        return self._smem_bytes(self.stages_dq) + (self._aside_bytes if self.converts_aside else 0)
 
     def _smem_bytes(self, stages_dq: bool) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO, dS, where keys are shared P, and fp32 lse and δ; fp32 dQ."""
