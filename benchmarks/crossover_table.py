@@ -19,7 +19,10 @@ from typing import Any, NamedTuple
 from provenance import RESULTS, ROOT
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
-FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100", "sm90_backward_breadth_h100")
+FORWARD = ("sm90_forward_h100",)
+BACKWARD = tuple(
+    name for name in ("sm90_backward_h100", "sm90_backward_breadth_h100") if (RESULTS / f"{name}.json").exists()
+)
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
 
 
@@ -35,7 +38,7 @@ def cells(names: Iterable[str]) -> dict[Cell, tuple[float, float]]:
     for name in names:
         for row in json.loads((RESULTS / f"{name}.json").read_text())["results"]:
             alike = row["head_dim"] == row["head_dim_v"] and row["heads"] == row["heads_kv"]
-            if alike and row["seqlen"] * row["batch"] == 16384 and row.get("group", "grid") in ("grid", "breadth"):
+            if alike and row["seqlen"] * row["batch"] == 16384 and row.get("unit", "TFLOP/s") == "TFLOP/s":
                 times[Cell(row["head_dim"], row["is_causal"], row["seqlen"])] = 1 / row["ours"], 1 / row["torch"]
     return times
 

@@ -245,13 +245,13 @@ def check(case: Case, seed: int = 0, index: int = 0) -> Outcome:
     error, limit, error_lse = torch.stack((errors.max(), bound, errors_lse.max())).tolist()
     message = ""
     if not error <= limit:
-        message = f"out: {_excess(errors, limit)}; {reference.worst(out, ref)}"
+        message = f"out: {excess(errors, limit)}; {reference.worst(out, ref)}"
     elif not error_lse <= 1e-4:
-        message = f"lse: {_excess(errors_lse, 1e-4)}; {reference.worst(lse, ref_lse)}"
+        message = f"lse: {excess(errors_lse, 1e-4)}; {reference.worst(lse, ref_lse)}"
     return Outcome(error, limit, error_lse, message)
 
 
-def _excess(errors: Tensor, limit: float) -> str:
+def excess(errors: Tensor, limit: float) -> str:
     bad = int((errors > limit).sum())
     return f"error {errors.max().item():.3g} > bound {limit:.3g}, {bad} of {errors.numel()} elements beyond it"
 
@@ -338,12 +338,14 @@ def on_target(target: Target) -> Iterator[None]:
     with (
         mock.patch.object(launch, "Target", mock.Mock(of=lambda device: target)),
         mock.patch.object(launch, "_plans", {}),
+        mock.patch.object(launch, "_backward_plans", {}),
     ):
         yield
 
 
-def keys_of(cases: Iterable[Case], target: Target = H100) -> list[KernelKey]:
-    """The kernels that ``cases`` launch on ``target``, found by launching them on tensors without memory: no GPU."""
+@contextlib.contextmanager
+def recording(target: Target = H100) -> Iterator[set[KernelKey]]:
+    """Fills the set with the keys of what is launched, on tensors without memory: no GPU. Nothing runs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     keys: set[KernelKey] = set()
@@ -360,17 +362,26 @@ def keys_of(cases: Iterable[Case], target: Target = H100) -> list[KernelKey]:
         mock.patch.object(launch, "empty_out_lse", lambda query, value: (query, query.new_empty(query.shape[:3]))),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     ):
+        yield keys
+
+
+def without_memory(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``inputs`` for ``recording``: shapes and dtypes, in plain layouts."""
+    query, key, value = (
+        torch.empty(case.batch, heads, seqlen, head_dim, dtype=DTYPES[case.dtype], device="cuda")
+        for heads, seqlen, head_dim in (
+            (case.heads, case.seqlen_q, case.head_dim),
+            (case.heads_kv, case.seqlen_k, case.head_dim),
+            (case.heads_kv, case.seqlen_k, case.head_dim_v),
+        )
+    )
+    return query, key, value, torch.empty(case.heads, device="cuda") if case.sink else None
+
+
+def keys_of(cases: Iterable[Case], target: Target = H100) -> list[KernelKey]:
+    """The forward kernels that ``cases`` launch on ``target``; without a key nothing is launched."""
+    with recording(target) as keys:
         for case in cases:
-            if case.seqlen_k == 0:  # nothing is launched
-                continue
-            query, key, value = (
-                torch.empty(case.batch, heads, seqlen, head_dim, dtype=DTYPES[case.dtype], device="cuda")
-                for heads, seqlen, head_dim in (
-                    (case.heads, case.seqlen_q, case.head_dim),
-                    (case.heads_kv, case.seqlen_k, case.head_dim),
-                    (case.heads_kv, case.seqlen_k, case.head_dim_v),
-                )
-            )
-            sink = torch.empty(case.heads, device="cuda") if case.sink else None
-            launch.attention_fwd(query, key, value, sink, case.options)
+            if case.seqlen_k:
+                launch.attention_fwd(*without_memory(case), case.options)
     return sorted(keys, key=lambda key: key.name)

@@ -29,7 +29,7 @@ def kernel(content: dict[str, Any]) -> str:
     peers = [name for name in ("torch", "flash2", "fa4") if name in cells[0]]
     rows: dict[str, list[str]] = {}
     for cell in sorted(cells, key=lambda cell: (cell["head_dim"], cell["is_causal"], cell["seqlen"])):
-        entry = "/".join(f"{cell[name]:.0f}" for name in ("ours", *peers))
+        entry = "/".join(f"{cell[name]:.0f}" if cell[name] else "–" for name in ("ours", *peers))
         rows.setdefault(f"d{cell['head_dim']} {'causal' if cell['is_causal'] else 'full'}", []).append(entry)
     header = [f"{content['unit']}: fa_sdpa/{'/'.join(peers)}", *map(str, seqlens)]
     return markdown(header, [[name, *entries] for name, entries in rows.items()])
@@ -44,6 +44,23 @@ def llama(content: dict[str, Any]) -> str:
     return markdown(["tokens/s", "torch", "fa_sdpa", "ratio"], rows)
 
 
+def llama_train(content: dict[str, Any]) -> str:
+    """Speed, memory and losses of each training run, and how far it is from torch's."""
+    rows = []
+    rates = {(row["mode"], row["attention"]): row["tokens_per_second"] for row in content["results"]}
+    for row in sorted(content["results"], key=lambda row: row["mode"] != "eager"):
+        rate, tail = row["tokens_per_second"], row["losses"][-(len(row["losses"]) // 10) :]
+        ratio = rate / rates[row["mode"], "torch"]
+        away = content["verdict"][row["mode"]]["apart_from_torch"].get(row["attention"])
+        far = f"{away['rms']:.4f} ({away['mean']:+.4f})" if away else ""
+        name = f"{row['mode']}, {row['attention'].replace(', ', ' ')}"
+        rows.append([name, f"{rate:,.0f}", f"{ratio:.3f}×", f"{row['peak_bytes'] / 1e9:.1f}"])
+        rows[-1] += [f"{sum(tail) / len(tail):.4f}", far]
+    header = ["training", "tokens/s", "ratio", "peak GB", "loss, last tenth", "apart from torch: rms (mean)"]
+    picture = "![Loss curves of all runs, and their distance from torch's](benchmarks/results/llama_train_h100.png)"
+    return f"{markdown(header, rows)}\n{picture}\n"
+
+
 def first_call(content: dict[str, Any]) -> str:
     """Milliseconds of the first SDPA call of a process, by what is ready."""
     medians = content["medians_ms"]
@@ -54,6 +71,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sm90_forward_h100": kernel,
     "sm90_backward_h100": kernel,
     "llama_eval_h100": llama,
+    "llama_train_h100": llama_train,
     "first_call_h100": first_call,
 }
 

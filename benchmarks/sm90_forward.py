@@ -91,7 +91,7 @@ class Cell(NamedTuple):
         return 2 * pairs * (self.head_dim + self.head_dim_v) // (2 if self.is_causal else 1)
 
 
-def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
+def square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None = None, heads: str = "") -> Cell:
     """16,384 tokens of self-attention."""
     count, _, count_kv = (heads or f"{2048 // head_dim}").partition("/")
     kv = int(count_kv or count)
@@ -99,12 +99,12 @@ def _square(seqlen: int, head_dim: int, is_causal: bool, head_dim_v: int | None 
 
 
 CELLS = {
-    "grid": [_square(s, d, c) for d in (64, 128) for c in (False, True) for s in (512, 1024, 2048, 4096, 8192, 16384)],
+    "grid": [square(s, d, c) for d in (64, 128) for c in (False, True) for s in (512, 1024, 2048, 4096, 8192, 16384)],
     "breadth": [
-        *(_square(s, d, c) for d in (80, 96, 192, 256) for s in (1024, 4096) for c in (False, True)),
-        *(_square(s, 128, True, heads=heads) for heads in ("32/8", "28/4") for s in (2048, 8192)),
-        _square(4096, 192, True, 128),
-        _square(4096, 128, False, 64),
+        *(square(s, d, c) for d in (80, 96, 192, 256) for s in (1024, 4096) for c in (False, True)),
+        *(square(s, 128, True, heads=heads) for heads in ("32/8", "28/4") for s in (2048, 8192)),
+        square(4096, 192, True, 128),
+        square(4096, 128, False, 64),
     ],
     "latency": [
         *(
@@ -126,7 +126,7 @@ CELLS = {
 UNITS = {"grid": "TFLOP/s", "breadth": "TFLOP/s", "latency": "µs", "decode": "µs"}
 
 Call = Callable[[Tensor, Tensor, Tensor, bool], Any]
-Run = Callable[[Tensor, Tensor, Tensor], Any]
+Run = Callable[..., Any]  # of query, key, value, or of what a caller of ``bench_ms`` gives instead
 
 
 def contenders() -> dict[str, Call]:
@@ -161,7 +161,7 @@ def contenders() -> dict[str, Call]:
     return calls
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"[:200]
 
 
@@ -170,7 +170,7 @@ def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: 
     try:
         out = call(*tensors, is_causal)  # type: ignore[call-arg, arg-type]
     except Exception as error:  # each peer has its own way to refuse
-        return _brief(error)
+        return brief(error)
     if expected is None:
         return ""
     off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
@@ -243,7 +243,7 @@ def graph_ms(runs: dict[str, Run], sets: list[Any], refused: dict[str, str]) -> 
         except Exception as error:
             if name == "ours":
                 raise
-            refused[name] = f"in a CUDA graph: {_brief(error)}"
+            refused[name] = f"in a CUDA graph: {brief(error)}"
 
     def time_one(name: str) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -290,8 +290,10 @@ def tables(rows: list[dict[str, Any]]) -> str:
     names = [name for name in ("ours", *PEERS) if name in rows[0]]
     lines = []
     for group in dict.fromkeys(row["group"] for row in rows):
-        lines += ["", f"{group} ({UNITS[group]})".ljust(34) + "".join(n.rjust(9) for n in names) + "  /cudnn   /best"]
-        for row in (row for row in rows if row["group"] == group):
+        chosen = [row for row in rows if row["group"] == group]
+        title = f"{group} ({chosen[0]['unit']})"
+        lines += ["", title.ljust(34) + "".join(n.rjust(9) for n in names) + "  /cudnn   /best"]
+        for row in chosen:
             figures = "".join(f"{row[n]:9.1f}" if row[n] else "        -" for n in names)
             ratios = "".join(f"{row[n]:8.2f}" if row[n] else "       -" for n in ("ratio_cudnn", "ratio"))
             lines.append(row["cell"].ljust(34) + figures + ratios)

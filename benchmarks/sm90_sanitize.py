@@ -1,17 +1,22 @@
-"""compute-sanitizer over small cases of every code path of the SM90 forward kernel.
+"""compute-sanitizer over small cases of every code path of the SM90 kernels, forward and backward.
 
-    python benchmarks/sm90_sanitize.py --out benchmarks/results/sm90_forward_sanitizer_h100.json
+    python benchmarks/sm90_sanitize.py --out benchmarks/results/sm90_sanitizer_h100.json
 
-Runs itself under each tool, all tools at the same time, with torch's caching allocator off, so that every tensor is an
+Runs itself under each tool, all at the same time, with torch's caching allocator off, so that every tensor is an
 allocation of its own. The cases: every kind of kernel (`code_path`), one block and several, ragged and whole tiles,
 several tiles per CTA (the launch is told that there are few SMs) in each tile order, GQA, copied and expanded inputs.
 tests/test_kernels.py checks that no code path of the random numerics cases is missing. ``--list-keys`` prints the
 kernels that a bundle must hold.
 
 Only our kernels are looked at. Inputs are drawn on the CPU and copied, so that initcheck knows them written without
-looking at any kernel of torch's, and the reference is computed on the CPU. initcheck sees plain loads and stores, but
-neither what TMA loads nor what it stores: it must report a control, a sink that nobody wrote, and it does not check
-copies to the CPU, where it took every output for uninitialised, with a backtrace for each run of bytes.
+looking at any kernel of torch's, and the reference is computed on the CPU; so are out and lse that the backward gets.
+initcheck sees plain loads and stores, but neither what TMA loads nor what it stores: it must report a control, a sink
+that nobody wrote, for the backward an out, and it does not check copies to the CPU, where it took every output for
+uninitialised, with a backtrace for each run of bytes.
+
+racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and sees no order between
+it and what the mbarriers of a pipeline order: its control, racecheck_control.cu, is such a pipeline and nothing else.
+What it reports of the backward's lse and δ, which come by such copies, has to be read in that light.
 """
 
 from __future__ import annotations
@@ -21,9 +26,12 @@ import concurrent.futures
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,24 +39,31 @@ if TYPE_CHECKING:
     from forward_cases import Case
 
     from fa_sdpa.kernels.key import KernelKey
+    from fa_sdpa.meta.target import Target
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+CONTROL = Path(__file__).with_name("racecheck_control.cu")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+DIRECTIONS = ("forward", "backward")
 
 
 def code_path(key: KernelKey) -> tuple[Any, ...]:
     """What two kernels share that differ only in dtype and head dims: the roles' control flow, all but the widths."""
-    from fa_sdpa.kernels.sm90.config import ForwardConfig
+    from fa_sdpa.kernels.sm90.config import BackwardConfig, ForwardConfig
 
+    config_class = ForwardConfig if key.direction == "forward" else BackwardConfig
+    config = config_class(**{field.name: getattr(key, field.name) for field in dataclasses.fields(config_class)})
+    choices = {name: getattr(config, name) for name, kind in vars(config_class).items() if isinstance(kind, property)}
     fields = dataclasses.asdict(key)
-    widths = {name: fields.pop(name) for name in ("head_dim", "head_dim_v", "tile_n")}
-    del fields["dtype"]
-    stores_by_tma = ForwardConfig(**widths, tile_m=key.tile_m, stages=key.stages).stores_by_tma
-    return (*sorted(fields.items()), stores_by_tma)
+    for name in ("dtype", "head_dim", "head_dim_v", *(["tile_n"] if key.direction == "forward" else [])):
+        del fields[name]
+    return (*sorted(fields.items()), *((name, value) for name, value in choices.items() if isinstance(value, bool)))
 
 
-def cases() -> list[tuple[Case, int]]:
+def forward_cases() -> list[tuple[Case, int]]:
     """(case, how many SMs the second launch is told of)"""
     from forward_cases import Case
 
@@ -104,32 +119,86 @@ def cases() -> list[tuple[Case, int]]:
     return [*((case._replace(spread=4.0, rising=True), num_sms) for case, num_sms in small), *orders]
 
 
-def keys() -> set[KernelKey]:
+def backward_cases() -> list[tuple[Case, int]]:
+    """The same for the backward, which has one tile for each pair of head dims."""
+    from forward_cases import Case
+
+    from fa_sdpa.meta.spec import Options
+
+    causal, window = Options(is_causal=True), Options(window_left=150, window_right=30)
+    end = Options(is_causal=True, bottom_right=True, window_left=40)
+    shapes = ((1, 1, 1, 1), (7, 129, 7, 1), (129, 7, 2, 2), (256, 256, 2, 1), (300, 500, 4, 2))
+    layouts = ("bhsd", "bshd", "unaligned", "expanded_heads", "packed")
+    plain = [
+        Case(dtype, d, d, 2, h, h_kv, q, k, options, layout_kv=layout)
+        for dtype, d in (("bf16", 64), ("fp16", 128))
+        for options in (Options(), causal)
+        for (q, k, h, h_kv), layout in zip(shapes, layouts, strict=True)
+    ]
+    wide = (("bf16", 64, 128), ("fp16", 192, 128), ("bf16", 192, 192), ("bf16", 256, 256))
+    others = [
+        Case(dtype, d, dv, 1, 4, 2, q, k, options)
+        for dtype, d, dv in wide
+        for options in (Options(), causal)
+        for q, k in ((300, 400), (400, 150))
+    ]
+    optional = [
+        Case("bf16", d, dv, 1, 4, 2, q, k, options._replace(softcap=softcap))
+        for d, dv in ((64, 64), (128, 128), (192, 128), (256, 256))
+        for options, softcap in ((window, 0.0), (end, 0.0), (window, 30.0), (Options(), 30.0), (causal, 30.0))
+        for q, k in ((300, 400), (400, 150))
+    ]
+    orders = [
+        (Case("bf16", 64, 64, 1, 16, 16, 3300, 256, causal), 5),  # paired, an even number of blocks
+        (Case("fp16", 128, 128, 1, 8, 4, 3300, 300, causal), 5),  # paired, an odd number of blocks
+        (Case("bf16", 256, 256, 1, 8, 8, 3300, 150, causal), 5),
+        (Case("bf16", 64, 64, 3, 16, 16, 300, 700), 132),
+        (Case("fp16", 128, 128, 3, 16, 16, 300, 700, causal), 132),  # longest first
+    ]
+    return [*((case._replace(spread=2.0), 3) for case in (*plain, *others, *optional)), *orders]
+
+
+CASES = {"forward": forward_cases, "backward": backward_cases}
+
+
+def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
     """The kernels that the cases launch."""
+    from backward_cases import Drawn
+    from backward_cases import keys_of as backward_keys_of
     from forward_cases import H100, keys_of
+
+    def launched(direction: str, case: Case, target: Target) -> list[KernelKey]:
+        if direction == "forward":
+            return keys_of([case], target)
+        return backward_keys_of([Drawn(case, "as_out", end_to_end=False)], target)
 
     return {
         key
-        for case, num_sms in cases()
+        for direction in directions
+        for case, num_sms in CASES[direction]()
         for target in (H100, H100._replace(num_sms=num_sms))
-        for key in keys_of([case], target)
+        for key in launched(direction, case, target)
     }
 
 
-def run_cases() -> None:
+def run_cases(directions: Sequence[str]) -> None:
     import torch
 
     torch.manual_seed(0)
     slowest: tuple[float, Case | None] = 0.0, None
-    for case, num_sms in cases():
-        start = time.perf_counter()
-        verify(case, num_sms)
-        slowest = max(slowest, (time.perf_counter() - start, case), key=lambda timed: timed[0])
+    count = 0
+    for direction in directions:
+        verify = verify_forward if direction == "forward" else verify_backward
+        for case, num_sms in CASES[direction]():
+            start = time.perf_counter()
+            verify(case, num_sms)
+            slowest = max(slowest, (time.perf_counter() - start, case), key=lambda timed: timed[0])
+            count += 1
     print(f"slowest: {slowest[0]:.1f} s, {slowest[1]}")
-    print(f"cases: {len(cases())}")
+    print(f"cases: {count}")
 
 
-def verify(case: Case, num_sms: int) -> None:
+def verify_forward(case: Case, num_sms: int) -> None:
     """One launch as it would be, one told of ``num_sms`` SMs, which is compared with fp32 math on the CPU."""
     import torch
     from forward_cases import H100, inputs, on_target
@@ -149,8 +218,29 @@ def verify(case: Case, num_sms: int) -> None:
     assert torch.allclose(lse.cpu(), ref_lse, rtol=1e-4, atol=1e-4), case
 
 
-def run_control() -> None:
-    """A launch that reads memory nobody wrote, the sink, which initcheck must report."""
+def verify_backward(case: Case, num_sms: int) -> None:
+    """The same, with out, lse and dout from the CPU: what the forward stores by TMA, initcheck takes for unwritten."""
+    import torch
+    from backward_cases import math_grads
+    from forward_cases import H100, inputs, on_target
+
+    from fa_sdpa.kernels import launch
+
+    query, key, value, _ = inputs(case, source="cpu")
+    wide = [x.cpu().float() for x in (query, key, value)]
+    dout = torch.randn(*query.shape[:3], case.head_dim_v).to(query.dtype)
+    refs, out, lse = math_grads(wide, dout, None, case.options)
+    arguments = (dout.cuda(), query, key, value, out.to(query.dtype).cuda(), lse.cuda(), case.options)
+    launch.attention_bwd(*arguments)
+    with on_target(H100._replace(num_sms=num_sms)):
+        grads = launch.attention_bwd(*arguments)
+    for name, grad, ref in zip(("dq", "dk", "dv"), grads, refs, strict=True):
+        off = (grad.cpu().float() - ref).abs().max().item()
+        assert off < 0.05 * ref.abs().max().item() + 1e-2, (name, off, case)
+
+
+def run_control(direction: str) -> None:
+    """A launch that reads memory nobody wrote, the sink or the backward's out, which initcheck must report."""
     import torch
     from forward_cases import Case, inputs
 
@@ -159,18 +249,23 @@ def run_control() -> None:
 
     case = Case("bf16", 128, 128, 1, 4, 2, 300, 400, Options(is_causal=True))
     query, key, value, _ = inputs(case, source="cpu")
-    launch.attention_fwd(query, key, value, torch.empty(4, device="cuda"), case.options)
+    if direction == "forward":
+        launch.attention_fwd(query, key, value, torch.empty(4, device="cuda"), case.options)
+    else:
+        dout, lse = torch.randn(query.shape).to(query.dtype).cuda(), torch.randn(query.shape[:3]).cuda()
+        launch.attention_bwd(dout, query, key, value, torch.empty_like(dout), lse, case.options)
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str, timeout: int) -> dict[str, Any]:
-    """All cases under one tool."""
+def sanitize(tool: str, direction: str, timeout: int) -> dict[str, Any]:
+    """All cases of one direction under one tool."""
     start = time.perf_counter()
-    status, output = run_under(tool, "--run-cases", timeout)
+    status, output = run_under(tool, ["--run-cases", "--directions", direction], timeout)
     finished, slowest = re.search(r"cases: (\d+)", output), re.search(r"slowest: (.*)", output)
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
     result: dict[str, Any] = {
         "tool": tool,
+        "direction": direction,
         "clean": status == 0 and finished is not None,
         "cases": int(finished[1]) if finished else 0,
         "seconds": round(time.perf_counter() - start, 1),
@@ -180,20 +275,40 @@ def sanitize(tool: str, timeout: int) -> dict[str, Any]:
     if not result["clean"]:
         result["output"] = output[:4000]
     if tool == "initcheck":
-        _, output = run_under(tool, "--run-control", timeout)
+        _, output = run_under(tool, ["--run-control", "--directions", direction], timeout)
         reports = re.findall(r"Uninitialized __global__ memory read", output)
-        result["control"] = f"{len(reports)} reports of a sink that nobody wrote"
+        result["control"] = f"{len(reports)} reports of what nobody wrote"
         result["clean"] = result["clean"] and bool(reports)
+    if tool == "racecheck" and direction == "backward":
+        result["control"] = racecheck_control(timeout)
     return result
 
 
-def run_under(tool: str, what: str, timeout: int) -> tuple[int, str]:
+def racecheck_control(timeout: int) -> str:
+    """What racecheck says of racecheck_control.cu, where there is a compiler for it."""
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc"
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "control")
+        build = ["nvcc", "-arch=sm_90a", "-o", str(program), str(CONTROL)]
+        command = ["compute-sanitizer", "--tool", "racecheck", str(program)]
+        try:
+            subprocess.run(build, check=True, capture_output=True, timeout=timeout)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        except subprocess.SubprocessError as error:
+            return f"the control did not run: {error}"
+    summary = re.findall(r"RACECHECK SUMMARY: .*", done.stdout)
+    right = "right results" if "right" in done.stdout else "wrong results"
+    return f"a pipeline of bulk copies by the book: {right}, {summary[-1] if summary else done.stdout[-300:]}"
+
+
+def run_under(tool: str, what: Sequence[str], timeout: int) -> tuple[int, str]:
     """Exit status (124: it did not end in time) and output of this file under a tool."""
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=kernel_cutlass", "--error-exitcode", "9"]
     if tool == "initcheck":  # it does not see what TMA writes, and would report every copy of an output to the CPU
         command += ["--check-api-memory-access", "no"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4"}
-    command += [sys.executable, __file__, what]
+    command += [sys.executable, __file__, *what]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
     except subprocess.TimeoutExpired:
@@ -205,21 +320,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--tools", nargs="*", default=TOOLS, choices=TOOLS)
+    parser.add_argument("--directions", nargs="*", default=DIRECTIONS, choices=DIRECTIONS)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one tool")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     parser.add_argument("--run-cases", action="store_true", help="only run the cases, under no tool")
     parser.add_argument("--run-control", action="store_true", help="only run what initcheck must report")
     args = parser.parse_args()
     if args.run_cases:
-        return run_cases()
+        return run_cases(args.directions)
     if args.run_control:
-        return run_control()
+        return run_control(args.directions[0])
     if args.list_keys:
-        return print("\n".join(sorted(key.name for key in keys())))
-    with concurrent.futures.ThreadPoolExecutor(len(args.tools)) as pool:
-        results = list(pool.map(lambda tool: sanitize(tool, args.timeout), args.tools))
+        return print("\n".join(sorted(key.name for key in keys(args.directions))))
+    runs = [(tool, direction) for direction in args.directions for tool in args.tools]
+    with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
+        results = list(pool.map(lambda run: sanitize(run[0], run[1], args.timeout), runs))
     for result in results:
-        print(result)
+        print({name: value for name, value in result.items() if name != "output"})
     if args.out:
         from provenance import save
 

@@ -15,7 +15,9 @@ from fa_sdpa.kernels import launch
 from fa_sdpa.meta.spec import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import backward_cases  # noqa: E402
 import forward_cases  # noqa: E402
+import sm90_backward  # noqa: E402
 import sm90_forward  # noqa: E402
 from forward_cases import BREADTH, KV_LAYOUTS, PLAIN, SCORES, Case, random_case  # noqa: E402
 
@@ -121,3 +123,74 @@ def test_the_gate_sees_a_wrong_result(broken, monkeypatch):
     monkeypatch.setattr(launch, "attention_fwd", attention_fwd)
     message = forward_cases.check(Case("bf16", 64, 64, 1, 2, 1, 9, 33, spread=4.0)).message
     assert message.startswith("lse" if broken == "lse" else "out") and "(0, 0, 2" in message
+
+
+def test_backward_cells_are_those_of_the_forward_and_unlike_head_dims_with_both_masks():
+    cells = sm90_backward.CELLS
+    assert [len(cells[group]) for group in ("grid", "large", "breadth")] == [24, 8, 16]
+    assert all(cell.batch * cell.seqlen_q == 16384 for group in cells.values() for cell in group)
+    names = [str(cell) for group in cells.values() for cell in group]
+    assert len(set(names)) == len(names)
+    assert {"d128/64 causal 4096 b4 h16", "d192/128 full 4096 b4 h10", "d256 full 1024 b16 h8"} <= set(names)
+
+
+def test_random_backward_cases_cover_what_the_forward_takes_in_every_layout_of_dout():
+    drawn = [backward_cases.draw(0, index) for index in range(5000)]
+    assert drawn[7] == backward_cases.draw(0, 7) != backward_cases.draw(1, 7)
+    assert {x.dout_layout for x in drawn} == set(backward_cases.DOUT_LAYOUTS)
+    cases = [x.case for x in drawn]
+    assert {case.head_dim for case in cases} == set(range(8, 257, 8))
+    assert {case.heads // case.heads_kv for case in cases} >= {1, 2, 3, 4, 7, 8, 12}
+    assert min(case.seqlen_k for case in cases) == 0 and min(case.seqlen_q for case in cases) == 1
+    options = [case.options for case in cases]
+    assert any(o.bottom_right and o.is_causal for o in options) and any(o.softcap for o in options)
+    assert all(x.end_to_end for x in drawn if x.case.sink) and any(case.sink for case in cases)
+    without_keys = [c for c in cases if c.options.bottom_right and c.options.is_causal and c.seqlen_q > c.seqlen_k]
+    assert without_keys  # rows that see no key
+
+
+def math_backward(break_it):
+    """What stands for ``launch.attention_bwd`` on a CPU: memory of its own for each result, then ``break_it``."""
+
+    def attention_bwd(dout, query, key, value, out, lse, options: Options):
+        tensors = query, key, value
+        wide = [x.float() for x in tensors]
+        exact, _, _ = backward_cases.math_grads(wide, dout.float(), None, options)
+        grads = [torch.empty_like(x).copy_(grad) for x, grad in zip(tensors, exact, strict=True)]
+        break_it(grads)
+        return tuple(grads)
+
+    return attention_bwd
+
+
+def scale_a_row(grads):
+    grads[1][0, 0, 2] *= 1.2
+
+
+def leave_unwritten(grads):
+    grads[0] = torch.empty_like(grads[0])
+
+
+def change_strides(grads):
+    grads[2] = grads[2].transpose(1, 2).contiguous().transpose(1, 2)
+
+
+BROKEN = {"": lambda grads: None, "dk": scale_a_row, "dq": leave_unwritten, "dv": change_strides}
+
+
+@pytest.mark.parametrize(("broken", "seqlen_k"), [*((broken, 33) for broken in BROKEN), ("", 0), ("dq", 0)])
+def test_the_backward_gate_sees_a_wrong_gradient(broken, seqlen_k, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(backward_cases, "inputs", lambda case: forward_cases.inputs(case, source="cpu"))
+    monkeypatch.setattr(launch, "attention_bwd", math_backward(BROKEN[broken]))
+    case = Case("bf16", 64, 64, 1, 2, 2, 9, seqlen_k, layout_q="bhsd", layout_kv="bhsd", spread=2.0)
+    message = backward_cases.check(backward_cases.Drawn(case, "sliced", False)).message
+    assert message.startswith(broken) and bool(message) == bool(broken)
+
+
+def test_the_backward_gate_knows_when_memory_is_not_poisoned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    monkeypatch.setattr(backward_cases, "inputs", lambda case: forward_cases.inputs(case, source="cpu"))
+    monkeypatch.setattr(launch, "attention_bwd", lambda *tensors: tensors[1:4])
+    with pytest.raises(AssertionError, match="not filled with NaN"):
+        backward_cases.check(backward_cases.Drawn(Case("bf16", 64, 64, 1, 2, 2, 9, 9), "as_out", False))

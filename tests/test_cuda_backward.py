@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from test_cuda import inputs, lacking
 from torch.library import opcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fa_sdpa
 import fa_sdpa.ops
 from fa_sdpa import reference
 from fa_sdpa.kernels import launch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from forward_cases import LAYOUTS, with_layout  # noqa: E402
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
@@ -40,7 +47,7 @@ def check(q, k, v, dout=None, **options):
     dout = torch.randn_like(out) if dout is None else dout
     grads = bwd(dout, q, k, v, out, lse, **options)
     for grad, x in zip(grads, (q, k, v), strict=True):
-        assert grad.stride() == torch.empty_like(x).stride()
+        assert grad.stride() == torch.empty_like(x.transpose(1, 2)).transpose(1, 2).stride()
     assert_grads_within_bound(grads, q, k, v, dout, **options)
     return grads
 
@@ -93,7 +100,7 @@ def test_sink():
         assert reference.excess(got, want, base, floor=1e-4) <= 0, reference.worst(got, want)
 
 
-@pytest.mark.parametrize("layout", ["expanded", "transposed", "unaligned", "sliced"])
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "unaligned", "sliced", "far"])
 def test_dout_of_any_strides(layout):
     q, k, v = inputs(d=128)
     shape = (2, 4, 257, 128)
@@ -102,6 +109,7 @@ def test_dout_of_any_strides(layout):
         "transposed": lambda: torch.randn(2, 4, 128, 257, device="cuda", dtype=q.dtype).mT,
         "unaligned": lambda: torch.randn(2, 4, 257, 129, device="cuda", dtype=q.dtype)[..., 1:],
         "sliced": lambda: torch.randn(2, 4, 514, 256, device="cuda", dtype=q.dtype)[:, :, ::2, :128],
+        "far": lambda: q.new_empty(2**31 + 4 * 257 * 128).as_strided(shape, (2**31, 257 * 128, 128, 1)).normal_(),
     }[layout]()
     check(q, k, v, dout, is_causal=True)
 
@@ -113,11 +121,39 @@ def test_layouts_of_the_inputs():
     check(q, k.expand(2, 4, 257, 64), v.expand(2, 4, 257, 64))
 
 
-def test_rows_without_keys_and_empty_calls():
-    q, k, v = inputs(sq=300, sk=64, d=64)
+# Flash-2 does not look at alignment, and cannot do without it.
+@pytest.mark.parametrize("layout", [*(name for name in LAYOUTS if name != "unaligned"), "expanded"])
+def test_gradients_lie_in_memory_where_torchs_flash_backward_puts_them(layout):
+    tensors = inputs(heads_kv=4)
+    if layout == "expanded":
+        tensors[1:] = (x[:, :1].expand(2, 4, 257, 64) for x in tensors[1:])
+    else:
+        tensors = [with_layout(x, layout) for x in tensors]
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    dout = torch.randn_like(leaves[0])
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        native = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout)
+    fa_sdpa.reset_stats()
+    with fa_sdpa.enable("always"):
+        grads = torch.autograd.grad(F.scaled_dot_product_attention(*leaves, is_causal=True), leaves, dout)
+    assert fa_sdpa.stats().routed == 1
+    assert [grad.stride() for grad in grads] == [grad.stride() for grad in native]
+    assert_grads_within_bound(grads, *tensors, dout, is_causal=True)
+
+
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_rows_without_keys(d, dv):
+    q, k, v = inputs(sq=300, sk=64, d=d, dv=dv)
     options = {"is_causal": True, "bottom_right": True}  # row i sees the keys up to i - 236
     dq, dk, dv = check(q, k, v, **options)
     assert not dq[:, :, :236].any()
+    assert all(grad.isfinite().all() for grad in (dq, dk, dv))
+    hidden = {"window_left": 5, "window_right": 0}  # row i sees the keys i - 5 … i: none from row 69 on
+    dq, dk, dv = check(q, k, v, **hidden)
+    assert not dq[:, :, 69:].any() and dq[:, :, :69].any()
+
+
+def test_empty_calls():
     for batch, sq, sk in ((1, 3, 0), (0, 3, 3), (1, 0, 3)):
         q, k, v = inputs(batch=batch, sq=sq, sk=sk)
         out, lse = fwd(q, k, v)
@@ -231,3 +267,30 @@ def test_cuda_graph_capture():
     graph.replay()
     torch.cuda.synchronize()
     assert_grads_within_bound(grads, q, k, v, dout)
+
+
+def test_cuda_graph_capture_of_a_routed_step():
+    q, k, v = inputs(sq=300, sk=300, requires_grad=True)
+    dout = torch.randn_like(q)
+
+    def step():
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return torch.autograd.grad(out, (q, k, v), dout)
+
+    fa_sdpa.reset_stats()
+    with fa_sdpa.enable("always"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            grads = step()
+    assert fa_sdpa.stats().routed == 2 and fa_sdpa.stats().native == 0
+    with torch.no_grad():
+        for x in (q, k, v, dout):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_grads_within_bound(grads, q, k, v, dout, is_causal=True)

@@ -24,6 +24,7 @@ from fa_sdpa.kernels.sm90 import config
 from fa_sdpa.meta.spec import AttentionSpec, Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import backward_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
 
@@ -203,9 +204,9 @@ def test_configs_fit_the_register_file():
 def test_every_pair_of_head_dims_has_a_tile():
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
-            for tile in config.forward_tiles(head_dim, head_dim_v, has_options=False):
+            for tile in config.forward_tiles(head_dim, head_dim_v, is_causal=False, has_options=False):
                 chosen = config.forward_config(head_dim, head_dim_v, tile)
-                assert chosen.tile_n >= (64 if tile == "small" else 80)
+                assert chosen.tile_n >= (64 if tile in ("small", "split") else 80)
                 assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
                 assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
     with pytest.raises(ValueError, match="wide"):
@@ -215,28 +216,58 @@ def test_every_pair_of_head_dims_has_a_tile():
 @pytest.mark.parametrize(
     ("call", "tile"),
     [
-        # head_dim, is_causal, has_options, seqlen_q, sequences
-        ((128, True, False, 512, 16), "small"),
-        ((128, True, True, 512, 16), "small"),
-        ((128, True, False, 1024, 16), "small"),
-        ((128, False, False, 1024, 16), "normal"),
-        ((64, True, False, 1024, 16), "normal"),
-        ((80, False, False, 64, 84 * 16), "small"),
-        ((80, False, False, 65, 84 * 16), "normal"),
-        ((64, False, False, 512, 1024), "wide"),
-        ((64, False, True, 512, 1024), "normal"),
-        ((64, False, False, 256, 2048), "normal"),
-        ((64, False, False, 1024, 16), "normal"),  # 96 wide tiles, which would take one wave as 128 normal ones do
-        ((64, True, False, 2048, 256), "normal"),
-        ((64, True, False, 4096, 128), "wide"),
-        ((96, False, False, 4096, 84), "wide"),
-        ((128, False, False, 4096, 64), "normal"),
+        # head_dim, is_causal, has_options, seqlen_q, seqlen_k, sequences
+        ((128, True, False, 512, 512, 16), "small"),
+        ((128, True, True, 512, 512, 16), "small"),
+        ((128, True, False, 1024, 1024, 16), "small"),
+        ((128, False, False, 1024, 1024, 16), "normal"),
+        ((64, True, False, 1024, 1024, 16), "normal"),
+        ((80, False, False, 64, 64, 84 * 16), "small"),
+        ((80, False, False, 65, 65, 84 * 16), "normal"),
+        ((64, False, False, 512, 512, 1024), "wide"),
+        ((64, False, True, 512, 512, 1024), "normal"),
+        ((64, False, False, 256, 256, 2048), "normal"),
+        (
+            (64, False, False, 1024, 1024, 16),
+            "normal",
+        ),  # 96 wide tiles, which would take one wave as 128 normal ones do
+        ((64, True, False, 2048, 2048, 256), "normal"),
+        ((64, True, False, 4096, 4096, 128), "wide"),
+        ((96, False, False, 4096, 4096, 84), "wide"),
+        ((128, False, False, 4096, 4096, 64), "normal"),
+        ((128, False, False, 4, 4096, 8), "split"),
+        ((128, False, True, 4, 4096, 8), "small"),
+        ((128, True, False, 4, 4096, 8), "small"),
+        ((128, False, False, 4, 128, 8), "small"),
+        ((128, False, False, 4, 4096, 128), "small"),
+        ((80, False, False, 65, 8192, 16), "split"),
     ],
 )
 def test_tile_of_a_call(call, tile):
     head_dim, *rest = call
     assert config.forward_tile(head_dim, head_dim, *rest, num_sms=132) == tile
-    assert tile in config.forward_tiles(head_dim, head_dim, rest[1])
+    assert tile in config.forward_tiles(head_dim, head_dim, *rest[:2])
+
+
+@pytest.mark.parametrize(
+    ("call", "parts"),
+    [
+        # seqlen_q, seqlen_k, sequences: what was measured, docs/kernels/sm90_forward.md
+        ((8, 2048, 2), 32),
+        ((4, 1024, 8), 8),
+        ((4, 2048, 8), 11),
+        ((4, 4096, 8), 16),
+        ((4, 8192, 64), 2),
+        ((4, 8192, 128), 1),
+        ((4, 64, 8), 1),
+        ((1, 1 << 20, 1), 132),
+    ],
+)
+def test_parts_of_a_call(call, parts):
+    chosen = config.forward_parts(*call, num_sms=132)
+    assert chosen == parts
+    blocks = -(-call[1] // config.SMALL_TILE)
+    assert (chosen - 1) * -(-blocks // chosen) < blocks  # the last part has keys
 
 
 # ---- the backward's order --------------------------------------------------------------------------------------------
@@ -487,9 +518,11 @@ def test_every_variant_compiles_without_spills(usage, key):
 
 
 def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
-    reached = keys_of(random_case(0, index, BREADTH) for index in range(3000))
+    forward = keys_of(random_case(0, index, BREADTH) for index in range(3000))
+    backward = backward_cases.keys_of(backward_cases.draw(0, index) for index in range(3000))
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
-    assert {sm90_sanitize.code_path(key) for key in reached} <= sanitized
+    missing = [key.name for key in (*forward, *backward) if sm90_sanitize.code_path(key) not in sanitized]
+    assert missing == []
 
 
 def test_bundle_serves_its_kernels(bundle, monkeypatch):

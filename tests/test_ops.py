@@ -143,12 +143,36 @@ def test_blocks_outside_the_window_are_not_visited():
     assert out[:, :, :1900].isnan().all() and out[:, :, 3100:].isnan().all()
 
 
-def test_gradcheck():
-    q, k, v = inputs((1, 2, 1, 5, 7, 3, 4), torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv, is_causal=True)[0], (q, k, v))
-    sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    options = {"is_causal": True, "bottom_right": True, "window_left": 3, "softcap": 1.5}
-    assert torch.autograd.gradcheck(lambda *qkv: fwd(*qkv[:3], sink=qkv[3], **options)[0], (q, k, v, sink))
+def test_gradients_of_expanded_inputs_are_dense_in_the_order_of_torchs_flash_backward():
+    q = torch.randn(2, 5, 4, 8).transpose(1, 2)
+    k, v = (x.detach().expand(2, 4, 7, 8).requires_grad_() for x in torch.randn(2, 2, 1, 7, 8))
+    out, _ = fwd(q, k, v)
+    dk, dv = torch.autograd.grad(out, (k, v), torch.ones_like(out))
+    assert dk.stride() == dv.stride() == (7 * 4 * 8, 8, 4 * 8, 1)
+
+
+@pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"is_causal": True, "bottom_right": True, "scale": 0.3},
+        {"window_left": 2, "window_right": 1},
+        {"is_causal": True, "bottom_right": True, "window_left": 3, "softcap": 1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sizes", [(1, 2, 1, 5, 7, 3, 4), (2, 4, 2, 7, 4, 4, 3)], ids=str)
+def test_gradcheck(sizes, options, has_sink):
+    tensors = inputs(sizes, torch.float64, requires_grad=True)
+    if has_sink:
+        tensors = [*tensors, torch.randn(sizes[1], dtype=torch.float64, requires_grad=True)]
+
+    def call(q, k, v, sink=None):
+        return fwd(q, k, v, sink=sink, **options)[0]
+
+    assert torch.autograd.gradcheck(call, tuple(tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -90,3 +90,89 @@ def test_readme_numbers_come_from_the_result_file(readme_numbers, tmp_path, monk
     text = readme.read_text()
     assert "| eager | 1,000 | 1,250 | 1.25× |" in text and "GPU" in text and "stale" not in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+
+
+RESULT = "llama_train_h100.json"
+
+
+def training_run(attention, losses, **others):
+    row = {"mode": "eager", "attention": attention, "tokens_per_second": 1000.0, "peak_bytes": 25e9, "wrong": []}
+    return {**row, "losses": losses, **others}
+
+
+FALLING = [5.0 - 3.0 * step / 120 for step in range(120)]
+RUNS = [
+    training_run("torch", FALLING),
+    training_run("fa_sdpa", [x + 0.001 for x in FALLING], tokens_per_second=1100.0),
+    training_run("torch, Flash-2", [x + 0.002 * (-1) ** i for i, x in enumerate(FALLING)]),
+    training_run("torch, seed 1", [x - 0.03 for x in FALLING]),
+]
+
+
+@pytest.fixture
+def llama_train(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import llama_train
+
+    return llama_train
+
+
+def test_training_runs_become_a_table(readme_numbers, llama_train):
+    text = readme_numbers.llama_train({"results": RUNS, "verdict": llama_train.judge(RUNS)})
+    assert "| eager, fa_sdpa | 1,100 | 1.100× | 25.0 | 2.1635 | 0.0010 (+0.0010) |" in text
+    assert "| eager, torch | 1,000 | 1.000× | 25.0 | 2.1625 |  |" in text and "llama_train_h100.png" in text
+
+
+def test_training_is_judged_by_how_far_torchs_own_runs_are_apart(llama_train):
+    assert llama_train.judge(RUNS)["eager"]["wrong"] == []
+    for losses, complaint in (
+        ([x + 0.05 * (-1) ** i for i, x in enumerate(FALLING)], "fa_sdpa is 0.05 from torch"),
+        ([x + 0.04 for x in FALLING], "+0.04 on average"),
+        ([*FALLING[:-1], float("nan")], "fa_sdpa is nan"),
+        ([5.0 - 0.001 * step for step in range(120)], "fa_sdpa: the loss did not fall"),
+    ):
+        wrong = llama_train.judge([RUNS[0], training_run("fa_sdpa", losses), *RUNS[2:]])["eager"]["wrong"]
+        assert any(complaint in text for text in wrong), wrong
+    stray = training_run("fa_sdpa", FALLING, wrong=["a call went elsewhere"])
+    assert "fa_sdpa: a call went elsewhere" in llama_train.judge([RUNS[0], stray, *RUNS[2:]])["eager"]["wrong"]
+
+
+def test_training_run_must_go_the_way_it_is_named_by(llama_train):
+    counts, none = llama_train.fa_sdpa.counts.Counts, llama_train.fa_sdpa.counts.Counts(0, 0, {})
+    stats = llama_train.fa_sdpa.Stats
+    ours, torchs = llama_train.Run("fa_sdpa", False, routed=True), llama_train.Run("torch", True)
+    kernels = {"kernel_cutlass_kernel_fa_sdpakernelssm90forwardForward_object": 2}
+    kernels |= {"kernel_cutlass_kernel_fa_sdpakernelssm90backwardBackward_object": 2}
+    cudnn = {"cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": 2}
+    cudnn |= {"cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16": 2}
+    right = stats(counts(20, 0, {}), none)
+    assert llama_train.wrong_way(ours, right, kernels, 10, 2) == []
+    assert llama_train.wrong_way(torchs, stats(none, none), cudnn, 10, 2) == []
+    assert llama_train.wrong_way(ours, stats(counts(19, 1, {}), none), kernels, 10, 2)
+    assert len(llama_train.wrong_way(ours, right, cudnn, 10, 2)) == 2
+    assert llama_train.wrong_way(ours, right, {**kernels, **cudnn}, 10, 2)
+    assert llama_train.wrong_way(torchs, stats(none, none), {}, 10, 2)
+    compiled = ours._replace(compiled=True)
+    assert llama_train.wrong_way(compiled, stats(none, counts(1, 0, {})), kernels, 10, 2) == []
+    assert llama_train.wrong_way(compiled, stats(none, none), kernels, 10, 2)
+
+
+def test_plot_belongs_to_the_result_file(llama_train):
+    """A PNG keeps text as it is, in a chunk of its own."""
+    result = ROOT / "benchmarks" / "results" / RESULT
+    if result.exists():
+        assert llama_train.digest(result).encode() in result.with_suffix(".png").read_bytes()
+
+
+def test_training_script_runs_and_writes_what_it_has(tmp_path):
+    pytest.importorskip("transformers")
+    small = (
+        "--device cpu --policy always --layers 1 --heads 2 --kv-heads 1 --head-dim 64 --seqlen 32 --steps 3 --runs 2"
+    )
+    command = [sys.executable, ROOT / "benchmarks" / "llama_train.py", *small.split(), "--out", tmp_path / RESULT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / RESULT).read_text())["results"]
+    assert [(row["attention"], row["calls"]["eager"]["routed"]) for row in rows] == [("torch", 0), ("fa_sdpa", 6)]
+    assert rows[0]["losses"][0] == pytest.approx(rows[1]["losses"][0], abs=1e-2)

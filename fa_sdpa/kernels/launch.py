@@ -76,11 +76,11 @@ def attention_fwd(
     flags = (left is not None, options.softcap > 0.0, sink is not None)
     batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
     rows = query, out, lse
-    if seqlen_q == 1 and not is_causal and left is None and sink is None:
-        if sm90.packs_gqa(heads // key.shape[1], batch * heads, num_sms):
-            rows = _packed(query, out, lse, key.shape[1])
-            heads, seqlen_q = key.shape[1], heads // key.shape[1]
-    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), seqlen_q, batch * heads, num_sms)
+    if _packs_gqa(heads // key.shape[1], seqlen_q, is_causal or left is not None or sink is not None):
+        rows = _packed(query, out, lse, key.shape[1])
+        heads, seqlen_q = key.shape[1], heads // key.shape[1]
+    sizes = (seqlen_q, key.shape[2], batch * heads, num_sms)
+    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes)
     wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
@@ -93,8 +93,12 @@ def attention_fwd(
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
     query, out_rows, lse_rows = rows
-    query, key, value = _addressable(query), _addressable(key), _addressable(value)
-    arguments = (query, key, value, out_rows, lse_rows, scale_log2, num_sms, left, right, cap_factor, sink)
+    tensors = (_addressable(query), _addressable(key), _addressable(value), out_rows, lse_rows)
+    arguments: tuple = (*tensors, scale_log2, num_sms, left, right, cap_factor, sink)
+    if tile == "split":
+        shape = (batch * sm90.forward_parts(*sizes), heads, seqlen_q, head_dim_v + sm90.LSE_COLUMNS)
+        part = torch.empty(shape, dtype=torch.float32, device=query.device)
+        arguments = (*tensors, part, scale_log2, num_sms, cap_factor)
     _run_on(device, plan.run, arguments)
     return out, lse
 
@@ -188,12 +192,11 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     flags = (window, spec.softcap > 0.0, spec.sink)
     head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
     batch, heads, heads_kv, seqlen_q = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q
-    tiles = sm90.forward_tiles(head_dim, head_dim_v, any(flags))
-    if target.num_sms and not any_size and all(isinstance(n, int) for n in (batch, heads, heads_kv, seqlen_q)):
-        packs = seqlen_q == 1 and not (is_causal or window or spec.sink)
-        if packs and sm90.packs_gqa(heads // heads_kv, batch * heads, target.num_sms):
-            heads, seqlen_q = heads_kv, heads // heads_kv
-        sizes = (seqlen_q, batch * heads, target.num_sms)
+    tiles = sm90.forward_tiles(head_dim, head_dim_v, is_causal, any(flags))
+    sizes = (seqlen_q, spec.seqlen_k, batch * heads, target.num_sms)
+    if target.num_sms and not any_size and all(isinstance(n, int) for n in (*sizes, heads_kv)):
+        if _packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or spec.sink):
+            sizes = (heads // heads_kv, spec.seqlen_k, batch * heads_kv, target.num_sms)
         tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
     is_causal = is_causal and not window
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
@@ -250,6 +253,13 @@ def _make_plan(
         _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
 
     return plan._replace(run=first_launch(key, plan.run, keep))
+
+
+def _packs_gqa(group: int, seqlen_q: int, tells_rows_apart: bool) -> bool:
+    """Whether the ``group`` query heads of a key/value head become rows of one tile, so that K and V are read once:
+    where each has one query, and no mask or sink tells them apart. With more queries it would depend on strides, and
+    results with it."""
+    return group > 1 and seqlen_q == 1 and not tells_rows_apart
 
 
 def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:

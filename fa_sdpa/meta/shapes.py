@@ -98,5 +98,11 @@ def empty_out_lse(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def empty_grads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised ``dq``, ``dk``, ``dv``, each in the memory order of its input; expanded inputs get dense ones."""
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    """Uninitialised ``dq``, ``dk``, ``dv``, each in the memory order of its input, as in torch's flash backward."""
+    return _empty_grad(query), _empty_grad(key), _empty_grad(value)
+
+
+def _empty_grad(x: Tensor) -> Tensor:
+    if 0 in x.stride():  # expanded: no order can be read from that, and torch takes (B, S, H, D) memory
+        return torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
+    return torch.empty_like(x)

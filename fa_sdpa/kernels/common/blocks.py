@@ -14,6 +14,13 @@ class Window(NamedTuple):
     right: Int32
 
 
+class Part(NamedTuple):
+    """One of ``count`` parts of a tile's key blocks, all of the same size but the last, which has what is left."""
+
+    index: Int32
+    count: Int32
+
+
 @cute.jit
 def key_blocks(
     m_block: Int32,
@@ -50,6 +57,13 @@ def first_key_blocks(
     first_row_start = cutlass.max(m_block * tile_m + window.left, 0)
     last_row_start = cutlass.max((m_block + 1) * tile_m - 1 + window.left, 0)
     return cutlass.min(first_row_start // tile_n, end - 1), cute.ceil_div(last_row_start, tile_n)
+
+
+@cute.jit
+def part_of_blocks(end: Int32, part: Part) -> tuple[Int32, Int32]:
+    """``(start, end)`` of a part of the blocks before ``end``. No part is empty where count = ⌈end / ⌈end / n⌉⌉."""
+    size = cute.ceil_div(end, part.count)
+    return part.index * size, cutlass.min((part.index + 1) * size, end)
 
 
 @cute.jit

@@ -4,8 +4,8 @@ A unit of work is PART_BLOCKS blocks of query rows of a group. Where shared memo
 (``convert_aside``): bulk copies bring slabs of 2 KB, the same four values of all threads of a warpgroup, four at a time
 into one of two buffers; bulk copies of a slab of zeros follow; TMA stores dQ, a warpgroup's part of a block at a time.
 Elsewhere the MMA warps convert (``convert``), from registers. A quad's lanes hold four sums of every eight columns: two
-neighbours of a row, and two of the row eight further on. Four lanes exchange those of 32 columns, so that each has eight
-neighbours, 16 bytes, to store.
+neighbours of a row, and two of the row eight further on. Four lanes exchange those of 32 columns, so that each has
+eight neighbours, 16 bytes, to store.
 """
 
 from typing import NamedTuple
@@ -161,8 +161,8 @@ def _convert_block(
     by_rows: cutlass.Constexpr[bool],
     block: Int32,  # of the group
 ) -> None:
-    """A block of query rows: for each warpgroup its pieces of SLABS slabs, each in a buffer of its own. Registers are few:
-    what the unit says is read from the queue again and again."""
+    """A block of query rows: for each warpgroup its pieces of SLABS slabs, each in a buffer of its own. Registers are
+    few: what the unit says is read from the queue again and again."""
     slabs = cute.size(scratch.sums, mode=[2])  # of a warpgroup: groups of eight columns
     blocks = cute.ceil_div(aside.mdQ.shape[0], tile_m)
     per_slot = qhead_per_kvhead * blocks

@@ -24,7 +24,7 @@ Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during i
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
     i = 1 … n-1   S_i = Q K_iᵀ, O += P_{i-1} V_{i-1};  softmax(S_i) → P_i; O rescaled if m was too low
     boundary      O += P_{n-1} V_{n-1}, S_0' = Q' K_0'ᵀ;  O / l → shared memory → TMA store, while S_0' is computed;
-                  softmax(S_0') → P_0'
+                  softmax(S_0') → P_0'   (where config.next_scores says so, S_0' first, as in a step)
 
 So a boundary is one more step of the same loop. The grid is persistent (common/scheduler.py), Q has two stages so that
 the next tile's is there in time, and O has shared memory of its own, whose store is waited for one tile later. Where
@@ -54,7 +54,7 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.blocks import Window, first_key_blocks, key_blocks
+from ..common.blocks import Part, Window, first_key_blocks, key_blocks, part_of_blocks
 from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
@@ -83,7 +83,8 @@ class Smem(NamedTuple):
 
 
 class Gmem(NamedTuple):
-    """TMA coordinate tensors; O, where it is stored from registers, as pairs of values, (s_q, dv / 2, h, b) Int32."""
+    """TMA coordinate tensors; O, where it is stored from registers, as pairs of values, (s_q, dv / 2, h, b) Int32, or
+    that of all parts, (s_q, dv + 4, h, b · parts) fp32."""
 
     q: cute.Tensor  # (s_q, d, h, b)
     k: cute.Tensor  # (s_k, d, h_kv, b)
@@ -133,7 +134,9 @@ class Forward:
         self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.head_dim_out = key.head_dim_v
-        self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma
+        self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma and not key.split
+        self.is_split = key.split
+        self.next_scores = config.next_scores(key.is_causal)
         self.is_causal, self.has_window = key.is_causal, key.window
         self.later_cost_more = key.is_causal or key.window  # query blocks; of the scheduler's orders
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
@@ -183,6 +186,25 @@ class Forward:
         mSink: cute.Tensor | None,  # (h,) fp32
         stream,
     ):
+        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
+        scoring = Scoring(softmax_scale_log2, window, cap_factor, mSink)
+        self.attend(mQ, mK, mV, mO, mLSE, scoring, None, num_sms, stream)
+
+    @cute.jit
+    def attend(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,  # with parts: (b · parts, h, s_q, dv + 4) fp32
+        mLSE: cute.Tensor,  # with parts: (b · parts, h, s_q)
+        scoring: Scoring,
+        num_parts: Int32 | None,  # into which the key blocks of a tile are split
+        num_sms: Int32,
+        stream,
+    ) -> None:
+        """Launch the kernel."""
+
         def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
             return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
 
@@ -196,7 +218,7 @@ class Forward:
         copies = [
             cpasync.make_tiled_tma_atom(op, s_d_h_b(tensor), cute.select(layout, mode=[0, 1]), (rows, width))
             if layout is not None
-            else (None, cute.recast_tensor(s_d_h_b(tensor), Int32))
+            else (None, s_d_h_b(tensor) if self.is_split else cute.recast_tensor(s_d_h_b(tensor), Int32))
             for op, tensor, layout, rows, width in (
                 (load, mQ, layouts[0], self.tile_m, self.width),
                 (load, mK, layouts[1], self.tile_n, self.width),
@@ -204,21 +226,21 @@ class Forward:
                 (store, mO, layouts[3], 64, self.head_dim_v),
             )
         ]
-        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         mma_qk, mma_pv = self._mma_qk(), self._mma_pv(self.mma_warpgroups, self.head_dim_v)
         bytes_per_key = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
         paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], bytes_per_key)
-        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mQ.shape[0], paired)
+        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mO.shape[0], paired)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
             Gmem(*(tensor for _, tensor in copies)),
             mLSE,
-            Scoring(softmax_scale_log2, window, cap_factor, mSink),
+            scoring,
             mma_qk,
             mma_pv,
             *layouts,
             tiles,
             mQ.shape[1] // mK.shape[1],
+            num_parts,
         ).launch(
             grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
             block=[WARPGROUP * (1 + self.mma_warpgroups), 1, 1],
@@ -241,6 +263,7 @@ class Forward:
         sO_layout: cute.ComposedLayout | None,
         tiles: Tiles,
         qhead_per_kvhead: Int32,
+        num_parts: Int32 | None,
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
@@ -260,14 +283,16 @@ class Forward:
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
+        if cutlass.const_expr(self.is_split):
+            cute.arch.griddepcontrol_launch_dependents()
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
-                self.load(atoms, gmem, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+                self.load(atoms, gmem, smem, pipelines, tiles, scoring.window, qhead_per_kvhead, num_parts)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, scoring)
+            self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, scoring, num_parts)
 
     def _pipeline(self, barriers, stages: int, elements: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to all MMA warps, of tiles of so many elements, filled-up zeros included."""
@@ -290,6 +315,7 @@ class Forward:
         tiles: Tiles,
         window: Window | None,
         qhead_per_kvhead: Int32,
+        num_parts: Int32 | None,
     ) -> None:
         """Producer warp: K_0 and Q of the first tile, then K_{i+1}, V_i over all blocks of all tiles, with each next
         tile's Q right after its K_0: the order in which the MMA warpgroups wait for them."""
@@ -298,31 +324,29 @@ class Forward:
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
-        end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
-        head_kv = head // qhead_per_kvhead
-        load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
+        start, _, _, end = self._key_blocks(m_block, batch, seqlen_k, window, num_parts)
+        head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
+        load_tile(atoms.k, gmem.k[None, None, head_kv, sequence], smem.k, end - 1, pipelines.k, k_state)
         k_state.advance()
-        load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+        load_tile(atoms.q, gmem.q[None, None, head, sequence], smem.q, m_block, pipelines.q, q_state)
         q_state.advance()
         while is_valid:
-            gK, gV = gmem.k[None, None, head_kv, batch], gmem.v[None, None, head_kv, batch]
-            start = Int32(0)
-            if cutlass.const_expr(self.has_window):
-                start, _ = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
+            gK, gV = gmem.k[None, None, head_kv, sequence], gmem.v[None, None, head_kv, sequence]
+            first = start
             for i in cutlass.range(end - 1 - start, unroll=1):
                 load_tile(atoms.k, gK, smem.k, end - 2 - i, pipelines.k, k_state)
                 k_state.advance()
                 load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
-            end, _ = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
-            head_kv = head // qhead_per_kvhead
+            start, _, _, end = self._key_blocks(m_block, batch, seqlen_k, window, num_parts)
+            head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
             if is_valid:
-                load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, end - 1, pipelines.k, k_state)
-                load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+                load_tile(atoms.k, gmem.k[None, None, head_kv, sequence], smem.k, end - 1, pipelines.k, k_state)
+                load_tile(atoms.q, gmem.q[None, None, head, sequence], smem.q, m_block, pipelines.q, q_state)
             k_state.advance()
             q_state.advance()
-            load_tile(atoms.v, gV, smem.v, start, pipelines.v, v_state)
+            load_tile(atoms.v, gV, smem.v, first, pipelines.v, v_state)
             v_state.advance()
 
     def _operands(self, mma_qk: cute.TiledMma, mma_pv: cute.TiledMma, smem: Smem, warpgroup_idx: Int32) -> Operands:
@@ -358,6 +382,7 @@ class Forward:
         mma_qk: cute.TiledMma,
         mma_pv: cute.TiledMma,
         scoring: Scoring,
+        num_parts: Int32 | None,
     ) -> None:
         """MMA warpgroup: all tiles of this CTA, 64 rows of each."""
         tidx, _, _ = cute.arch.thread_idx()
@@ -380,11 +405,13 @@ class Forward:
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         k_state.advance()
-        self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
+        blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+        self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
         while is_valid:
             first_row = m_block * self.tile_m + tile_row
+            blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
             k_state, v_state = self._visit(
-                mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, m_block, first_row, seqlen_k, scoring
+                mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, blocks, first_row, seqlen_k, scoring
             )
             pipelines.q.consumer_release(q_state)
             q_state.advance()
@@ -398,33 +425,63 @@ class Forward:
             row_block = m_block * self.mma_warpgroups + wg
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             acc_S = self._scores(mma_qk)
-            if cutlass.const_expr(self.q_stages == 2):
+            if cutlass.const_expr(self.next_scores != "late"):
                 self._wait_tile(pipelines, q_state, k_state, is_valid)
             self._wait_turn(wg)
+            if cutlass.const_expr(self.next_scores == "before"):
+                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             pipelines.v.consumer_wait(v_state)
             self._issue_pv(mma_pv, regs, v_state)
-            if cutlass.const_expr(self.q_stages == 2):
+            if cutlass.const_expr(self.next_scores == "after"):
                 self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
             self._pass_turn(wg, to_next=True)
-            warpgroup.wait_group(self.q_stages - 1)
+            warpgroup.wait_group(1 if self.next_scores == "after" else 0)
             pipelines.v.consumer_release(v_state)
             v_state.advance()
+            if cutlass.const_expr(self.next_scores == "before"):
+                if is_valid:
+                    pipelines.k.consumer_release(k_state)
             softmax.finish_rows(regs.acc_O, regs.row_max, regs.row_sum, scoring.scale_log2, sink)
             self._store_lse(mLSE_done, regs.row_sum, first_row)
             if cutlass.const_expr(self.stores_by_tma):
                 self.epilogue(store_atom, regs.acc_O, smem.o, gO, row_block, wg)
+            elif cutlass.const_expr(self.is_split):
+                self._store_part(regs.acc_O, gO, first_row)
             else:
                 self._store_rows(regs.acc_O, gO, first_row)
-            if cutlass.const_expr(self.q_stages == 1):
-                self._wait_tile(pipelines, q_state, k_state, is_valid)
-                self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
-            warpgroup.wait_group(0)
-            if is_valid:
-                pipelines.k.consumer_release(k_state)
-                self._first_weights(acc_S, regs, m_block, tile_row, seqlen_k, scoring)
+            if cutlass.const_expr(self.next_scores == "before"):
+                blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+                self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
+            else:
+                if cutlass.const_expr(self.next_scores == "late"):
+                    self._wait_tile(pipelines, q_state, k_state, is_valid)
+                    self._issue_qk(mma_qk, acc_S, regs, q_state, k_state)
+                warpgroup.wait_group(0)
+                if is_valid:
+                    pipelines.k.consumer_release(k_state)
+                    blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+                    self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
             k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def _key_blocks(
+        self, m_block: Int32, batch: Int32, seqlen_k: Int32, window: Window | None, num_parts: Int32 | None
+    ) -> tuple[Int32, Int32, Int32, Int32]:
+        """``(start, unmasked_start, unmasked_end, end)``: the tile visits the key blocks from start to end; those
+        between the middle two need no mask."""
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
+        start, unmasked_start = Int32(0), Int32(0)
+        if cutlass.const_expr(self.has_window):
+            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
+        if cutlass.const_expr(self.is_split):
+            start, end = part_of_blocks(end, Part(batch % num_parts, num_parts))
+        return start, unmasked_start, unmasked_end, end
+
+    def _of_parts(self, batch: Int32, num_parts: Int32 | None) -> Int32:
+        """The sequence whose parts the scheduler counts as batches of their own."""
+        return batch // num_parts if self.is_split else batch
 
     @cute.jit
     def _visit(
@@ -437,16 +494,15 @@ class Forward:
         k_state: pipeline.PipelineState,
         v_state: pipeline.PipelineState,
         wg: Int32,
-        m_block: Int32,
+        blocks: tuple[Int32, Int32, Int32, Int32],  # see _key_blocks
         first_row: Int32,
         seqlen_k: Int32,
         scoring: Scoring,
     ) -> tuple[pipeline.PipelineState, pipeline.PipelineState]:
         """All key blocks of a tile but its first; the states of K and V afterwards."""
-        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
+        start, unmasked_start, unmasked_end, end = blocks
         masked = cutlass.max(end - 1 - unmasked_end, 0)
         if cutlass.const_expr(self.has_window):
-            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
             masked = cutlass.min(masked, end - 1 - start)
         for i in cutlass.range(masked, unroll=1):
             acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
@@ -454,9 +510,9 @@ class Forward:
             self._softmax(acc_S, regs, scoring)
             k_state.advance()
             v_state.advance()
-        unmasked = end - 1 - masked
+        unmasked = end - 1 - masked - start
         if cutlass.const_expr(self.has_window):
-            unmasked = cutlass.max(unmasked - cutlass.max(start, unmasked_start), 0)
+            unmasked = cutlass.max(end - 1 - masked - cutlass.max(start, unmasked_start), 0)
         for _ in cutlass.range(unmasked, unroll=1):
             acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
             self._softmax(acc_S, regs, scoring)
@@ -490,21 +546,20 @@ class Forward:
         self,
         acc_S: cute.Tensor,
         regs: Operands,
-        m_block: Int32,
-        tile_row: Int32,
+        blocks: tuple[Int32, Int32, Int32, Int32],
+        first_row: Int32,
         seqlen_k: Int32,
         scoring: Scoring,
     ) -> None:
         """P, m and l of a tile's first block; O = 0."""
-        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
+        _, unmasked_start, unmasked_end, end = blocks
         is_masked = unmasked_end < end
         if cutlass.const_expr(self.has_window):
-            _, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
             is_masked = is_masked | (unmasked_start >= end)
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
         if is_masked:
-            self._mask(acc_S, m_block * self.tile_m + tile_row, seqlen_k, end - 1, scoring.window)
+            self._mask(acc_S, first_row, seqlen_k, end - 1, scoring.window)
         softmax.first_weights(acc_S, regs.tOrP, regs.row_max, regs.row_sum, scoring.scale_log2)
         regs.acc_O.fill(0.0)
 
@@ -618,6 +673,19 @@ class Forward:
             )
             cute.copy(store_atom, tOsO[None, wg], tOgO[None, row_block])
             cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def _store_part(self, acc_O: cute.Tensor, mO: cute.Tensor, first_row: Int32) -> None:
+        """Write this thread's two rows of a part's O, (s_q, dv + 4) fp32 of one head; 32 neighbouring bytes a quad."""
+        values = fragments.rows_by_columns(acc_O)
+        for r in cutlass.range_constexpr(2):
+            row = first_row + 8 * r
+            if row < mO.shape[0]:
+                for v in cutlass.range_constexpr(self.head_dim_out // 8):
+                    pair = cute.make_rmem_tensor(2, Float32)
+                    pair[0], pair[1] = values[r, 2 * v], values[r, 2 * v + 1]
+                    start = mO.iterator + cute.crd2idx((row, 8 * v + 2 * (cute.arch.lane_idx() % 4)), mO.layout)
+                    cute.autovec_copy(pair, cute.make_tensor(start.align(8), cute.make_layout(2)))
 
     @cute.jit
     def _store_rows(
