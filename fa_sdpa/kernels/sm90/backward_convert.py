@@ -252,4 +252,4 @@ def _convert_piece(aside: Aside, first: cutlass.Constexpr[int]) -> None:
                     low, high = sums[2 * r, j] * aside.softmax_scale, sums[2 * r + 1, j] * aside.softmax_scale
                     words[2 * (first + k + j) + r] = pack_pair(low, high, dtype)
             pair = (first + k) // 2
-            cute.copy(copy, source[None, None, pair], target[None, None, pair])
+            cute.copy(copy, source[(None, pair), None, None], target[(None, pair), None, None])
