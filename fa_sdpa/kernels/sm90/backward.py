@@ -5,9 +5,10 @@ For each query row i and each key j that it sees, with c = softmax_scale · log2
     p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
     dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
 
-Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page,
-`finish` rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch
-memory). Each is launched while the one before it ends (griddepcontrol).
+Two launches: `prepare` (backward_rows.py, with the layout of scratch memory) writes lse·log2(e) and δ and zeroes the
+sums of dQ, `kernel` is the rest of this page, launched while the one before it ends (griddepcontrol). Its CTAs take
+units of two kinds, tiles and conversions of sums of dQ, in an order of which backward_order.py tells; that is also why
+the sums take little memory. backward_convert.py has the conversions.
 
 A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
 the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
@@ -17,9 +18,9 @@ registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the register
 happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
-    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each to its sums and
-                     store its dK and dV; warp 3 idles
-    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV
+    warpgroup 0      warp 0 takes the units and issues all TMA loads; warps 1 and 2 add the dQ of one MMA warpgroup each
+                     to its sums and store its dK and dV; warp 3 converts, where shared memory has room
+    warpgroups 1, 2  five WGMMAs, softmax, their part of dQ, dK and dV; else they convert
 
 Scores are computed transposed, keys × queries. Two splits of the work (config.splits_keys):
     64 keys each     Pᵀ and dSᵀ are the A operands of dV and dK straight from registers; only dS crosses shared memory,
@@ -33,6 +34,7 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q
     ds      2 stages   8 MMA warps → 8 MMA warps, which arrive at `empty` after dQ of the block (64 keys each)
+    units   4 entries  warp 0, 1 arrival → all other warps that work
 
 Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
@@ -58,6 +60,7 @@ window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own
 Static options of a key, whose values are arguments (Scoring):
     window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
     softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
+    deterministic tiles add to a block in rising order: a counter of the block says whose turn it is (no argument)
 A sink is part of lse and needs nothing here.
 
 Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other

@@ -417,8 +417,8 @@ def backward_schedule(groups: int, tiles: int, longest_first: bool, num_sms: int
 
     What a slot holds was added up by tiles that were taken about a wave of CTAs before it is converted, and it is
     converted some time before it is needed again. Longest first, a section is half a wave, and the last one has up to
-    twice as many groups, for balance at the end. For speed only, but for ``slots``, which must be at least lag · section
-    groups, and the groups of a section more.
+    twice as many groups, for balance at the end. For speed only, but for ``slots``, which must be at least
+    lag · section groups, and the groups of a section more.
     """
     if longest_first:
         section, margin = max(1, num_sms // (2 * tiles)), 0
