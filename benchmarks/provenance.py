@@ -29,15 +29,17 @@ def provenance() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit measured, with "+changes" where the code differs from it.
 
-    A copy without its git history says which commit it is in FA_SDPA_COMMIT, also inside another repository.
+    FA_SDPA_COMMIT names it where git does not know: in a copy of the code without its history, or with an older one.
     """
+    if named := os.environ.get("FA_SDPA_COMMIT"):
+        return named
     try:
-        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:
-            return os.environ.get("FA_SDPA_COMMIT")
+        if Path(_git("rev-parse", "--show-toplevel")) != ROOT:  # inside another repository
+            return None
         head = _git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--", ":!benchmarks/results") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FA_SDPA_COMMIT")
+        return None
 
 
 def _git(*args: str) -> str:

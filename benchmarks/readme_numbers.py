@@ -67,12 +67,22 @@ def first_call(content: dict[str, Any]) -> str:
     return markdown(["first call, ms", *medians], [["", *(f"{ms:,.1f}" for ms in medians.values())]])
 
 
+def host_overhead(content: dict[str, Any]) -> str:
+    """Host time of calls beside torch's, and what they are to keep to."""
+    rows = [
+        [row["what"], f"{row['measured']:.2f} {row['unit']}", f"{row['must']:g}", f"{row['aim']:g}"]
+        for row in content["targets"]
+    ]
+    return markdown(["host time of a call", "measured", "must", "aim"], rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sm90_forward_h100": kernel,
     "sm90_backward_h100": kernel,
     "llama_eval_h100": llama,
     "llama_train_h100": llama_train,
     "first_call_h100": first_call,
+    "host_overhead_h100": host_overhead,
 }
 
 

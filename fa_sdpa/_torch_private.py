@@ -6,6 +6,7 @@ installed, so that a torch that moved one is refused by name instead of failing 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -26,12 +27,17 @@ _PARTS = {
     "torch._C._get_math_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._get_cudnn_sdp_enabled": "the user's choice of SDPA backends",
     "torch._C._functorch.peek_interpreter_stack": "torch.func transforms",
+    "torch._C._dynamo.guards.TensorGuards": "calls that are alike",
     "torch._C._AutoDispatchBelowAutograd": "autograd of the ops",
     "torch.autograd.forward_ad._current_level": "forward-mode AD",
     "torch._C._get_tracing_state": "torch.jit.trace",
     "torch._C._autograd._top_saved_tensors_default_hooks": "checkpoints whose forward is under way",
     "torch._C._get_dispatch_mode": "make_fx",
     "torch._C._TorchDispatchModeKey.PROXY": "make_fx",
+    "torch._C._get_deterministic_algorithms": "what a call is decided by",
+    "torch._C._len_torch_dispatch_stack": "modes that see every op",
+    "torch._C._autograd._profiler_enabled": "profilers that see every op",
+    "torch._C._FunctionBase.apply": "autograd of eager calls",
     "torch._guards._TLS": "a compiler at work in this thread",
     "torch._C._dynamo.eval_frame.set_code_exec_strategy": "frames that Dynamo leaves alone",
     "torch._C._dynamo.eval_frame._FrameExecStrategy": "frames that Dynamo leaves alone",
@@ -132,6 +138,104 @@ def tracing() -> bool:
     return torch._C._get_tracing_state() is not None or _proxy_mode() is not None
 
 
+def nothing_changes_ops() -> bool:
+    """Whether no mode (TorchDispatchMode, fake tensors, make_fx), transform, forward-mode level or trace is at work on
+    the ops that are called in this thread."""
+    c = torch._C
+    return (
+        not c._len_torch_dispatch_stack()
+        and c._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and c._get_tracing_state() is None
+    )
+
+
+def modes_open() -> bool:
+    """Whether a mode sees the ops that are called in this thread: TorchDispatchMode, fake tensors, make_fx."""
+    return _C._len_torch_dispatch_stack() != 0
+
+
+_C, _autograd, _forward_ad = torch._C, getattr(torch._C, "_autograd", None), torch.autograd.forward_ad
+
+
+def nothing_sees_ops() -> bool:
+    """Of calls for which ``same_tensors`` holds: whether no mode, forward-mode level or profiler is at work."""
+    return (
+        _forward_ad._current_level < 0 and not _C._len_torch_dispatch_stack() and not _autograd._profiler_enabled()  # type: ignore[union-attr]
+    )
+
+
+def undisturbed() -> bool:
+    """Of calls for which ``same_tensors`` holds: whether SDPA's backends are all on, and no mode, forward-mode level,
+    profiler or compiler is at work. The rest of what a call depends on shows in its tensors."""
+    return (
+        _C._get_flash_sdp_enabled()
+        and _C._get_mem_efficient_sdp_enabled()
+        and _C._get_math_sdp_enabled()
+        and _C._get_cudnn_sdp_enabled()
+        and _forward_ad._current_level < 0
+        and not _C._len_torch_dispatch_stack()
+        and not _autograd._profiler_enabled()  # type: ignore[union-attr]
+        and compiler.__dict__.get("tracing_context") is None
+    )
+
+
+def same_tensors(*tensors: torch.Tensor) -> Callable[..., bool]:
+    """A check, in one C++ call, whether others are like these: of the same type, dtype, device, sizes and strides, with
+    gradients or not, and dispatched alike. So a torch.func transform, jit.trace, inference mode or autocast that was
+    not there, a tensor that is negated by a flag, or a functorch level that is over, make it False. Not all modes do.
+
+    It keeps no tensor alive. To be called with as many tensors, none of them nested, which would end the process.
+    """
+    firsts = repeated(tensors)
+    distinct = sorted(set(firsts))  # the C++ check refuses a tensor that comes twice
+    check = torch._C._dynamo.guards.TensorGuards(
+        *(tensors[i] for i in distinct), dynamic_dims_sizes=None, dynamic_dims_strides=None
+    ).check
+    if len(distinct) == len(tensors):
+        return check
+    return lambda *given: repeated(given) == firsts and check(*(given[i] for i in distinct))
+
+
+def repeated(tensors: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    """For each of them, which is the first that is the same object."""
+    places: dict[int, int] = {}
+    return tuple(places.setdefault(id(x), i) for i, x in enumerate(tensors))
+
+
+def in_memory(*tensors: torch.Tensor) -> bool:
+    """Whether plain tensors are in memory as they are: not negated by a flag, wrapped by a functorch level that is
+    over, or made without memory, all of which the dispatcher would see to."""
+    try:
+        return all(x.data_ptr() for x in tensors) and not any(x.is_neg() for x in tensors)
+    except RuntimeError:
+        return False
+
+
+is_grad_enabled = torch.is_grad_enabled
+# torch.are_deterministic_algorithms_enabled without a frame of Python.
+is_deterministic: Callable[[], bool] = getattr(
+    torch._C, "_get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+
+# torch.cuda.current_device without what it does for a process that has not initialised CUDA.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
+def empty_strided_cuda(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty_strided on the current CUDA device in a third of its time: what compiled graphs allocate with."""
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+if hasattr(torch._C, "_dynamo"):
+    empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", empty_strided_cuda)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls outside of torch.func, which it need not look for again."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
 def _proxy_mode() -> Any:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
 
@@ -205,8 +309,8 @@ class Override:
 
 
 def native_kernel() -> Callable[..., torch.Tensor]:
-    """Torch's own SDPA, called with ``KEYSET`` and the op's arguments. To be taken while no Override is installed."""
-    return torch.library.get_kernel(OP, "Undefined").call_boxed
+    """Torch's own SDPA, called with the op's arguments. To be taken while no Override is installed."""
+    return functools.partial(torch.library.get_kernel(OP, "Undefined").call_boxed, KEYSET)
 
 
 def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:

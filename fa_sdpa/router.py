@@ -9,7 +9,6 @@ are keyed by that graph, can't return the other state's code.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,12 +19,13 @@ from torch.nn import Parameter
 
 from . import _torch_private as private
 from . import record
+from .alike import Alike, Memory
 from .counts import Tally, tally
 from .kernels import jit, launch
 from .kernels.compile import KernelUnavailable
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
-from .ops import VERSION
+from .ops import VERSION, attention
 from .policy import decide
 from .state import OFF, current_token, policy_of, process, thread
 
@@ -70,20 +70,25 @@ class Call(NamedTuple):
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
 
+
+_calls = Memory()  # those that repeat
+_decided: dict[Call, Tally] = {}  # all of them
 _CACHED_CALLS = 4096
-_cache: dict[tuple[Any, ...], Tally] = {}  # Call → the tally of its decision
 _PASSING = {"capturing", "compiling"}  # reasons that end, and that depend on more than the call
-_kernels_changed = itertools.count()  # how often decisions were forgotten, because others may hold now
-_epoch = 0
 
 
 def _forget_decisions() -> None:
-    global _epoch
-    _epoch = next(_kernels_changed)
-    _cache.clear()
+    _calls.forget()
+    _decided.clear()
 
 
 jit.on_change(_forget_decisions)
+_compiler = private.compiler
+_undisturbed, _is_grad_enabled, _is_deterministic = (
+    private.undisturbed,
+    private.is_grad_enabled,
+    private.is_deterministic,
+)
 _native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
 
 
@@ -100,47 +105,116 @@ def sdpa(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **named: Any,  # scale and enable_gqa, where they are not their default
 ) -> Tensor:
     """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
     token = thread.token or process.token
     if token != OFF:
-        counted = _eager_tally(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        if counted is not None:
-            counted[1]()
-            if counted[0]:
-                try:
-                    return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
-                except KernelUnavailable:  # its first launch failed; that was said, and no call comes here again
-                    pass
-    return _native(
-        private.KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        alike = _calls.latest.next
+        run = alike.run
+        foreseen = (
+            not (query.is_nested or key.is_nested or value.is_nested)
+            and alike.same(query, key, value)
+            and alike.facts  # == _facts(token, …), but here the call of a function counts
+            == (
+                token,
+                attn_mask if attn_mask is None else attn_mask.dtype,
+                dropout_p,
+                is_causal,
+                tuple(named.items()) if named else (),
+                _is_grad_enabled(),
+                _is_deterministic(),
+            )
+        )
+        if foreseen and run is None:
+            _calls.latest = alike
+            alike.tick()
+        elif foreseen and _undisturbed():
+            _calls.latest = alike
+            alike.tick()
+            return run(query, key, value)  # type: ignore[misc]
+        else:
+            out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
+            if out is not None:
+                return out
+    if named or is_causal or dropout_p:
+        return _native(query, key, value, attn_mask, dropout_p, is_causal, **named)
+    if attn_mask is None:  # fewer arguments cost less
+        return _native(query, key, value)
+    return _native(query, key, value, attn_mask)
+
+
+def _facts(
+    token: str, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, named: dict[str, Any]
+) -> tuple[Any, ...]:
+    """What calls that are alike share besides their tensors."""
+    return (
+        token,
+        None if attn_mask is None else attn_mask.dtype,
+        dropout_p,
+        is_causal,
+        tuple(named.items()),
+        _is_grad_enabled(),
+        _is_deterministic(),
     )
 
 
-def _eager_tally(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tally | None:
-    """The tally that an eager call counts in, which says where it goes; None while a compiler traces the call."""
-    if getattr(private.compiler, "tracing_context", None) is not None:
-        return tally("eager", Decision("native", (_EXPORT,))) if torch.compiler.is_exporting() else None
-    if not type(query) is type(key) is type(value) is Tensor and not _plain(query, key, value):
-        return _unusual(query, key, value)
+def _looked_at(
+    token: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    named: dict[str, Any],
+) -> Tensor | None:
+    """A call that was not foreseen; None if it is torch's."""
+    if _compiler.__dict__.get("tracing_context") is not None:
+        if torch.compiler.is_exporting():
+            tally("eager", Decision("native", (_EXPORT,))).tick()
+        return None
+    if not _plain(query, key, value):
+        _unusual(query, key, value).tick()
+        return None
+    tensors, epoch = (query, key, value), _calls.epoch
+    facts = _facts(token, attn_mask, dropout_p, is_causal, named)
+    strided = query.layout is key.layout is value.layout is torch.strided
+    alike = _calls.find(facts, *tensors) if strided else None
+    if alike is not None and (alike.run is None or _undisturbed()):
+        alike.tick()
+        return alike.run(*tensors) if alike.run else None
+    scale, enable_gqa = named.get("scale"), named.get("enable_gqa", False)
+    call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    counted = _decided.get(call) or _remember(call, epoch)
+    if not counted.routed:
+        counted.tick()
+        if strided and call in _decided:
+            _calls.keep(Alike(private.same_tensors(*tensors), facts, None, counted.tick), epoch, *tensors)
+        return None
+    call = call._replace(circumstances=_circumstances(*tensors))  # they can only take a call away from fa4
+    if call.circumstances != _ORDINARY:
+        counted = _decided.get(call) or _remember(call, epoch)
+        counted.tick()
+        return None
+    counted.tick()
+    out = _by_op(query, key, value, is_causal, scale)
+    if out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
+        run = attention.prepared(*tensors, out.requires_grad, is_causal=is_causal, scale=scale)
+        _calls.keep(Alike(private.same_tensors(*tensors), facts, run, counted.tick), epoch, *tensors)
+    return out
+
+
+def _by_op(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
+    """The call through ``fa4::attention_fwd``; None if its first launch fails, which is said, and never comes again."""
     try:
-        call = _fields(token, query, key, value, *options)
-    except RuntimeError:  # a strided nested tensor is plain by its type, and has no shape
-        return _unusual(query, key, value)
-    counted = _cache.get(call) or _remember(call)
-    if counted[0]:  # the circumstances, which cost 2 µs to look at, can only take a call away from fa4
-        circumstances = _circumstances(query, key, value)
-        if circumstances != _ORDINARY:
-            call = (*call, circumstances)
-            counted = _cache.get(call) or _remember(call)
-    return counted
+        return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+    except KernelUnavailable:
+        return None
 
 
 def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return all(type(x) is Tensor or type(x) is Parameter for x in (query, key, value))
+    return all((type(x) is Tensor or type(x) is Parameter) and not x.is_nested for x in (query, key, value))
 
 
 def _fields(
@@ -154,7 +228,7 @@ def _fields(
     scale: float | None,
     enable_gqa: bool,
 ) -> tuple[Any, ...]:
-    """The fields of a Call in ordinary circumstances: a plain tuple is cheaper to make than a named one."""
+    """The fields of a Call in ordinary circumstances."""
     return (
         token,
         query.shape,
@@ -186,19 +260,17 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
     )
 
 
-def _remember(fields: tuple[Any, ...]) -> Tally:
-    epoch = _epoch
-    call = Call(*fields)
+def _remember(call: Call, epoch: int) -> Tally:
     decision = decide_call(call)
     _say_once(call, decision)
     record.note("eager", call)
     counted = tally("eager", decision)
-    if len(_cache) >= _CACHED_CALLS:
-        _cache.clear()
+    if len(_decided) >= _CACHED_CALLS:
+        _decided.clear()
     if not any(reason.code in _PASSING for reason in decision.reasons):
-        _cache[fields] = counted
-        if epoch != _epoch:  # a kernel became ready, or failed, meanwhile
-            _cache.pop(fields, None)
+        _decided[call] = counted
+        if epoch != _calls.epoch:  # a kernel became ready, or failed, meanwhile
+            _decided.pop(call, None)
     return counted
 
 

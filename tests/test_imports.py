@@ -12,9 +12,9 @@ import fa_sdpa
 PACKAGE = Path(fa_sdpa.__file__).parent
 # A part may import itself and what stands in a line above it.
 LAYERS = (
-    {"meta"},
+    {"meta", "_torch_private"},
+    {"alike"},
     {"kernels", "reference"},
-    {"_torch_private"},
     {"ops", "policy"},
     {"state", "counts", "record", "warm"},
     {"router"},

@@ -319,7 +319,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
 
     routed = Decision("fa4", (Reason("policy_always", "it can"),))
     monkeypatch.setattr(router, "decide", decide)
-    router._cache.clear()
+    router._forget_decisions()
     q, k, v = qkv(requires_grad=True)
     torch.use_deterministic_algorithms(field == "deterministic")
     try:
@@ -329,7 +329,7 @@ def test_what_a_kernel_lacks(monkeypatch, field, code):
     with fa_sdpa.enable("always"), torch.no_grad():
         F.scaled_dot_product_attention(q, k, v)
     assert routed_calls() == 1
-    router._cache.clear()
+    router._forget_decisions()
 
 
 def test_policies():

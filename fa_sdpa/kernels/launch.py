@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import _torch_private as private
 from ..meta.shapes import empty_grads, empty_out_lse
 from ..meta.spec import AttentionSpec, Options
 from ..meta.target import Target
@@ -37,6 +39,18 @@ class _BackwardPlan(NamedTuple):
 
 _plans: dict[tuple, _Plan] = {}
 _backward_plans: dict[tuple, _BackwardPlan] = {}
+
+
+class _Launch(NamedTuple):
+    """What follows from the sizes and options of a call."""
+
+    run: Kernel
+    packs: bool  # the query heads of a key/value head are rows of one head
+    part: tuple[int, ...] | None  # shape of the fp32 results of parts of the keys, where these are split
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors, the sink but
+
+
+Run = Callable[..., tuple[Tensor, ...]]
 
 
 def attention_fwd(
@@ -70,18 +84,62 @@ def attention_fwd(
         sink = sink.to(torch.float32).contiguous()
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf) if sink is None else lse.copy_(sink[:, None].expand_as(lse))
-    device = query.get_device()
+    launch = _launch_of(query, key, value, sink is not None, options)
+    rows = _packed(query, out, lse, key.shape[1]) if launch.packs else (query, out, lse)
+    query, out_rows, lse_rows = rows
+    part = None if launch.part is None else torch.empty(launch.part, dtype=torch.float32, device=query.device)
+    tensors = (_addressable(query), _addressable(key), _addressable(value), out_rows, lse_rows)
+    arguments = (*tensors, *launch.scalars, sink) if part is None else (*tensors, part, *launch.scalars)
+    _run_on(query.get_device(), launch.run, arguments)
+    return out, lse
+
+
+def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+    """``attention_fwd`` without a sink for calls like this one, which has run: with tensors of the same sizes, strides,
+    dtypes and devices. All that does not depend on addresses is settled here."""
+
+    def any_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        return attention_fwd(query, key, value, None, options)
+
+    if key.shape[2] == 0 or query.numel() == 0:
+        return any_run
+    run, packs, part, scalars = _launch_of(query, key, value, False, options)
+    out, lse = empty_out_lse(query, value)
+    heads_kv = key.shape[1]
+    given = (_packed(query, out, lse, heads_kv)[0] if packs else query, key, value)
+    if not all(_addressable(x) is x for x in given):
+        return any_run
+    device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
+    layout_out, layout_lse = _layout(out), _layout(lse)
+    layout_part = part and _layout(torch.empty(part, dtype=torch.float32, device="meta"))
+
+    def fast_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != device:
+            return any_run(query, key, value)
+        out, lse = empty(*layout_out), empty(*layout_lse)
+        rows = _packed(query, out, lse, heads_kv) if packs else (query, out, lse)
+        if layout_part:
+            run(rows[0], key, value, rows[1], rows[2], empty(*layout_part), *scalars)
+        else:
+            run(rows[0], key, value, rows[1], rows[2], *scalars, None)
+        return out, lse
+
+    return fast_run
+
+
+def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    """What ``empty_strided_cuda`` takes."""
+    return tuple(x.shape), tuple(x.stride()), x.dtype
+
+
+def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, options: Options) -> _Launch:
     head_dim, head_dim_v, seqlen_q = query.shape[3], value.shape[3], query.shape[2]
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    flags = (left is not None, options.softcap > 0.0, sink is not None)
-    batch, heads, num_sms = query.shape[0], query.shape[1], Target.of(query.device).num_sms
-    rows = query, out, lse
-    if _packs_gqa(heads // key.shape[1], seqlen_q, is_causal or left is not None or sink is not None):
-        rows = _packed(query, out, lse, key.shape[1])
-        heads, seqlen_q = key.shape[1], heads // key.shape[1]
-    sizes = (seqlen_q, key.shape[2], batch * heads, num_sms)
-    tile = sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes)
-    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, device)
+    flags = (left is not None, options.softcap > 0.0, has_sink)
+    batch, heads, heads_kv, num_sms = *query.shape[:2], key.shape[1], Target.of(query.device).num_sms
+    sizes = (batch, heads, heads_kv, seqlen_q, key.shape[2], num_sms)
+    tile, packs, rows = _tile(head_dim, head_dim_v, is_causal, flags, *sizes)
+    wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, query.get_device())
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
         scale_log2 = plan.scale_log2
@@ -92,15 +150,11 @@ def attention_fwd(
     cap_factor = None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    query, out_rows, lse_rows = rows
-    tensors = (_addressable(query), _addressable(key), _addressable(value), out_rows, lse_rows)
-    arguments: tuple = (*tensors, scale_log2, num_sms, left, right, cap_factor, sink)
-    if tile == "split":
-        shape = (batch * sm90.forward_parts(*sizes), heads, seqlen_q, head_dim_v + sm90.LSE_COLUMNS)
-        part = torch.empty(shape, dtype=torch.float32, device=query.device)
-        arguments = (*tensors, part, scale_log2, num_sms, cap_factor)
-    _run_on(device, plan.run, arguments)
-    return out, lse
+    if tile != "split":
+        return _Launch(plan.run, packs, None, (scale_log2, num_sms, left, right, cap_factor))
+    seqlen_q, _, sequences, _ = rows
+    part = (batch * sm90.forward_parts(*rows), sequences // batch, seqlen_q, head_dim_v + sm90.LSE_COLUMNS)
+    return _Launch(plan.run, packs, part, (scale_log2, num_sms, cap_factor))
 
 
 def attention_bwd(
@@ -130,12 +184,59 @@ def attention_bwd(
     dq, dk, dv = empty_grads(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    device = query.get_device()
+    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
+    inputs = (_addressable(x) for x in (dout, query, key, value, out))
+    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, scratch, *scalars))
+    return dq, dk, dv
+
+
+def prepared_bwd(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
+) -> Run:
+    """``attention_bwd`` for calls like this one, which has run, as ``prepared_fwd`` is for the forward."""
+
+    def any_run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return attention_bwd(*tensors, options)  # type: ignore[call-arg,arg-type]
+
+    inputs = (dout, query, key, value, out)
+    if query.numel() == 0 or key.numel() == 0:
+        return any_run
+    if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
+        return any_run
+    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
+    is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
+    layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
+    layout_scratch = (elements,), (1,), torch.float32
+
+    def fast_run(
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, ...]:
+        addresses = dout.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
+        if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
+            return any_run(dout, query, key, value, out, lse)
+        dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
+        run(dout, query, key, value, out, lse, dq, dk, dv, scratch, *scalars)
+        return dq, dk, dv
+
+    return fast_run
+
+
+class _BackwardLaunch(NamedTuple):
+    """What follows from the sizes and options of a backward call."""
+
+    run: Kernel
+    scratch: int  # fp32 elements
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
+
+
+def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
     batch, heads, seqlen_q, head_dim = query.shape
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = private.is_deterministic()
     flags = (left is not None, options.softcap > 0.0, deterministic)
-    wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, device)
+    wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, query.get_device())
     plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
     if not 0.0 < scale < math.inf:
@@ -144,29 +245,11 @@ def attention_bwd(
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
     heads_kv, seqlen_k = key.shape[1:3]
-    tiles = -(-seqlen_k // plan.config.tile_n)
+    blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-seqlen_k // plan.config.tile_n)
     schedule = sm90.backward_schedule(batch * heads_kv, tiles, is_causal or left is not None, plan.num_sms)
-    blocks = -(-seqlen_q // plan.config.tile_m)
     size = plan.config.scratch(batch * heads, blocks, heads // heads_kv, schedule.slots, deterministic)
-    scratch = torch.empty(size, dtype=torch.float32, device=query.device)
-    inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    arguments = (
-        *inputs,
-        lse.contiguous(),
-        dq,
-        dk,
-        dv,
-        scratch,
-        scale,
-        scale_log2,
-        plan.num_sms,
-        *schedule,
-        left,
-        right,
-        cap_factor,
-    )
-    _run_on(device, plan.run, arguments)
-    return dq, dk, dv
+    scalars = (scale, scale_log2, plan.num_sms, *schedule, left, right, cap_factor)
+    return _BackwardLaunch(plan.run, size, scalars)
 
 
 def _run_on(device: int, run: Kernel, arguments: tuple) -> None:
@@ -191,20 +274,45 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
         window = left is not None
     flags = (window, spec.softcap > 0.0, spec.sink)
     head_dim, head_dim_v = int(spec.head_dim), int(spec.head_dim_v)
-    batch, heads, heads_kv, seqlen_q = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q
+    sizes = (spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q, spec.seqlen_k, target.num_sms)
     tiles = sm90.forward_tiles(head_dim, head_dim_v, is_causal, any(flags))
-    sizes = (seqlen_q, spec.seqlen_k, batch * heads, target.num_sms)
-    if target.num_sms and not any_size and all(isinstance(n, int) for n in (*sizes, heads_kv)):
-        if _packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or spec.sink):
-            sizes = (heads // heads_kv, spec.seqlen_k, batch * heads_kv, target.num_sms)
-        tiles = (sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes),)
     is_causal = is_causal and not window
+    if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
+        tiles = (_tile(head_dim, head_dim_v, is_causal, flags, *sizes).tile,)
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
     options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic}
     backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, **options)
     return (*needed, backward)
+
+
+class _Tiling(NamedTuple):
+    """How a forward call is cut into tiles."""
+
+    tile: sm90.Tile
+    packs: bool  # the query heads of a key/value head are rows of one head
+    sizes: tuple[int, int, int, int]  # seqlen_q and seqlen_k, sequences, SMs, as packed
+
+
+def _tile(
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    flags: tuple[bool, bool, bool],  # as of ``_key``
+    batch: int,
+    heads: int,
+    heads_kv: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_sms: int,
+) -> _Tiling:
+    window, _, sink = flags
+    packs = _packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
+    if packs:
+        heads, seqlen_q = heads_kv, heads // heads_kv
+    sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
+    return _Tiling(sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes), packs, sizes)
 
 
 def _key(

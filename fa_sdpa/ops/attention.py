@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .. import _torch_private as private
 from .. import kernels
-from ..kernels import launch
+from ..alike import Alike, Memory, never
+from ..kernels import jit, launch
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
 from ..meta.spec import AttentionSpec, Options
@@ -177,13 +178,85 @@ def _admit(
     _admitted.add(facts)
 
 
+# A call that repeats goes straight to what computes it, past the dispatcher and the checks: from the Autograd kernels,
+# from backward nodes, and from the implementations, which inference mode calls directly.
+
+Run = Callable[..., tuple[Tensor, ...]]
+_forwards, _backwards = Memory(), Memory()  # calls of the two ops that were not recorded, by where they were met
+
+
+def _forget_calls() -> None:
+    _forwards.forget()
+    _backwards.forget()
+
+
+jit.on_change(_forget_calls)
+
+
+def _facts(where: str, kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    return where, tuple(kwargs.items()), private.is_grad_enabled(), private.is_deterministic()
+
+
+def _repeated(memory: Memory, facts: tuple[Any, ...], *tensors: Tensor) -> Any:
+    """The results of a call like one that was kept; None if there is none."""
+    if private.modes_open():
+        return None
+    for x in tensors:
+        if type(x) is not Tensor or x.is_nested:
+            return None
+    alike = memory.latest.next
+    if alike.same(*tensors) and alike.facts == facts:
+        memory.latest = alike
+    elif all(map(_is_plain, tensors)) and (found := memory.find(facts, *tensors)):
+        alike = found
+    else:
+        return None
+    return alike.run(*tensors)  # type: ignore[misc]
+
+
+def _keep(
+    memory: Memory, facts: tuple[Any, ...], direct: Callable[..., Run], options: Options, *tensors: Tensor
+) -> None:
+    """Keep a call that has run, if those like it may go past the dispatcher: plain tensors in memory, with nothing open
+    that changes what an op does."""
+    if all(map(_is_plain, tensors)) and private.in_memory(*tensors) and private.nothing_changes_ops():
+        epoch = memory.epoch
+        memory.keep(Alike(private.same_tensors(*tensors), facts, direct(*tensors, options)), epoch, *tensors)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
+
+
+def _direct_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+    """What computes (out, lse) of calls like this one, on tensors that ``private.same_tensors`` takes for these."""
+    if query.is_cuda:
+        return launch.prepared_fwd(query, key, value, options)
+    return lambda query, key, value: cpu.attention_fwd(query, key, value, None, options)
+
+
+def _direct_bwd(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
+) -> Run:
+    """The same for (dq, dk, dv)."""
+    if query.is_cuda:
+        return launch.prepared_bwd(dout, query, key, value, out, lse, options)
+    return lambda *tensors: cpu.attention_bwd(*tensors, options)  # type: ignore[call-arg]
+
+
 def _forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A device's implementation of attention_fwd around what computes it."""
 
     def impl(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-        options = _options(**kwargs)
-        _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
-        return run(query, key, value, sink, options)
+        facts = _facts("implementation", kwargs)
+        done = _repeated(_forwards, facts, query, key, value) if sink is None else None
+        if done is None:
+            options = _options(**kwargs)
+            _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
+            done = run(query, key, value, sink, options)
+            if sink is None:
+                _keep(_forwards, facts, _direct_fwd, options, query, key, value)
+        return done
 
     return impl
 
@@ -195,10 +268,16 @@ _lib.impl("attention_fwd", _forward(launch.attention_fwd), "CUDA")
 def _backward(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """A device's implementation of attention_bwd around what computes it."""
 
-    def impl(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-        options = _options(**kwargs)
-        _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
-        return run(dout, query, key, value, out, lse, options)
+    def impl(*tensors, **kwargs):  # type: ignore[no-untyped-def]
+        facts = _facts("implementation", kwargs)
+        done = _repeated(_backwards, facts, *tensors)
+        if done is None:
+            dout, query, key, value, out, lse = tensors
+            options = _options(**kwargs)
+            _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
+            done = run(*tensors, options)
+            _keep(_backwards, facts, _direct_bwd, options, *tensors)
+        return done
 
     return impl
 
@@ -238,12 +317,89 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             return (None,) * 5
         query, key, value, out, lse, sink = ctx.saved_tensors
-        dq, dk, dv = _bwd(dout, query, key, value, out, lse, **ctx.kwargs)
+        dq, dk, dv = _gradients(ctx.kwargs, dout, query, key, value, out, lse)
         dsink = None
         if ctx.needs_input_grad[3]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
             p = torch.exp(sink.to(lse.dtype)[:, None] - lse)
             dsink = -(p * (dout * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sink.dtype)
         return dq, dk, dv, dsink, None
+
+
+def _gradients(kwargs: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """attention_bwd, in a backward node."""
+    if private.is_grad_enabled() or private.transform_active() or private.forward_ad_active():
+        return _bwd(*tensors, **kwargs)
+    facts = _facts("node", kwargs)
+    done = _repeated(_backwards, facts, *tensors) if private.nothing_sees_ops() else None
+    if done is None:
+        with private.below_autograd():  # nothing records: the Autograd kernel would only hand the call on
+            done = _bwd(*tensors, **kwargs)
+        _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+    return done
+
+
+class _Served:
+    """Serves the calls that are alike, with gradients recorded."""
+
+    __slots__ = ("run", "kwargs", "backward")
+
+    def __init__(self, run: Run, kwargs: dict[str, Any]) -> None:
+        self.run, self.kwargs = run, kwargs
+        self.backward = Alike(never, ())  # what served the last backward
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return _apply_out(query, key, value, self)
+
+
+class _AttentionOut(torch.autograd.Function):
+    """``_Attention`` for out alone, of a call that ``prepared`` serves."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, served):  # type: ignore[no-untyped-def]
+        out, lse = served.run(query, key, value)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.served = served
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        if dout is None:
+            return (None,) * 4
+        served = ctx.served
+        query, key, value, out, lse = tensors = ctx.saved_tensors
+        nested = dout.is_nested or query.is_nested or key.is_nested or value.is_nested or out.is_nested or lse.is_nested
+        backward = served.backward
+        if (
+            not nested
+            and backward.same(dout, query, key, value, out, lse)
+            and backward.facts[2:] == (private.is_grad_enabled(), private.is_deterministic())
+            and private.nothing_sees_ops()
+        ):
+            dq, dk, dv = backward.run(dout, query, key, value, out, lse)
+            return dq, dk, dv, None
+        grads = _gradients(served.kwargs, dout, *tensors)
+        latest = _backwards.latest
+        if not nested and latest.facts[:2] == ("node", tuple(served.kwargs.items())) and latest.same(dout, *tensors):
+            served.backward = latest
+        return *grads, None
+
+
+_apply_out = private.apply_of(_AttentionOut)
+
+
+def prepared(
+    query: Tensor, key: Tensor, value: Tensor, needs_grad: bool, *, is_causal: bool, scale: float | None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """out of ``attention_fwd`` past the dispatcher, with gradients recorded or not, for calls like this one, which has
+    run: with tensors that ``private.same_tensors`` takes for these, where nothing is open that should see the op."""
+    kwargs: dict[str, Any] = {"is_causal": True} if is_causal else {}
+    if scale is not None:
+        kwargs["scale"] = scale
+    run = _direct_fwd(query, key, value, _options(**kwargs))
+    if needs_grad:
+        return _Served(run, kwargs)
+    return lambda query, key, value: run(query, key, value)[0]
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -269,20 +425,35 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
             "fa4::attention_fwd takes no part in torch.func transforms and forward-mode AD: call "
             "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
         )
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in tensors])
 
 
 @torch.library.impl(_lib, "attention_fwd", "Autograd")
 def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    facts = _facts("autograd", kwargs)
+    if sink is None and not private.forward_ad_active():
+        done = _repeated(_forwards, facts, query, key, value)
+        if done is not None:
+            return done
     if _is_recorded(query, key, value, sink):
         return _Attention.apply(query, key, value, sink, kwargs)
     with private.below_autograd():
-        return _fwd(query, key, value, sink=sink, **kwargs)
+        done = _fwd(query, key, value, sink=sink, **kwargs)
+    if sink is None:
+        _keep(_forwards, facts, _direct_fwd, _options(**kwargs), query, key, value)
+    return done
 
 
 @torch.library.impl(_lib, "attention_bwd", "Autograd")
-def _bwd_autograd(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    if _is_recorded(dout, query, key, value, out):
-        return _AttentionBackward.apply(dout, query, key, value, out, lse, kwargs)
+def _bwd_autograd(*tensors, **kwargs):  # type: ignore[no-untyped-def]
+    facts = _facts("autograd", kwargs)
+    if not private.forward_ad_active():
+        done = _repeated(_backwards, facts, *tensors)
+        if done is not None:
+            return done
+    if _is_recorded(*tensors):
+        return _AttentionBackward.apply(*tensors, kwargs)
     with private.below_autograd():
-        return _bwd(dout, query, key, value, out, lse, **kwargs)
+        done = _bwd(*tensors, **kwargs)
+    _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+    return done
