@@ -16,6 +16,7 @@ import fa_sdpa
 import fa_sdpa.ops
 from fa_sdpa import reference
 from fa_sdpa.kernels import launch
+from fa_sdpa.meta.spec import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from forward_cases import LAYOUTS, with_layout  # noqa: E402
@@ -50,6 +51,23 @@ def check(q, k, v, dout=None, **options):
         assert grad.stride() == torch.empty_like(x.transpose(1, 2)).transpose(1, 2).stride()
     assert_grads_within_bound(grads, q, k, v, dout, **options)
     return grads
+
+
+@pytest.mark.parametrize("layout", ["bshd", "packed", "expanded_heads"])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seqlen", "d", "dv", "options"),
+    [
+        (8, 2, 1000, 64, 64, {"is_causal": True}),
+        (7, 1, 700, 128, 128, {}),
+        (12, 2, 900, 80, 80, {"is_causal": True}),
+        (8, 2, 800, 192, 128, {"window_left": 300}),
+    ],
+)
+def test_groups_in_parts_where_tiles_are_few(heads, heads_kv, seqlen, d, dv, options, layout):
+    q, k, v = inputs(1, heads, heads_kv, seqlen, seqlen, d, dv)
+    assert launch._backward_launch_of(q, k, v, Options(**options)).heads > heads_kv
+    k, v = (with_layout(x.contiguous(), layout) for x in (k, v))
+    check(q, k, v, **options)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

@@ -346,6 +346,25 @@ def test_the_ring_stays_small():
             assert schedule.slots * seqlen * 128 * 4 <= 40 << 20, (seqlen, schedule)
 
 
+@pytest.mark.parametrize(
+    ("call", "heads"),
+    [
+        # heads, heads_kv, tiles of a key/value head in the batch, blocks of queries, longest_first
+        ((16, 4, 32, 64, True), 16),
+        ((16, 4, 32, 64, False), 4),  # 128 tiles, nearly a wave
+        ((16, 4, 36, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
+        ((32, 8, 256, 32, True), 8),
+        ((28, 4, 2, 5, True), 28),
+        ((28, 4, 2, 4, True), 4),  # too small
+        ((12, 4, 40, 80, True), 12),
+        ((8, 2, 70, 100, True), 4),
+        ((16, 16, 4, 100, True), 16),
+    ],
+)
+def test_heads_of_a_backward_call(call, heads):
+    assert config.backward_heads(*call, num_sms=132) == heads
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

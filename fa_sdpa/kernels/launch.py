@@ -184,10 +184,16 @@ def attention_bwd(
     dq, dk, dv = empty_grads(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
     scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
-    inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, scratch, *scalars))
+    inputs = [_addressable(x) for x in (dout, query, key, value, out)]
+    grads = dk, dv
+    if heads != key.shape[1]:
+        grads = tuple(x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in grads)
+    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
+    if heads != key.shape[1]:
+        for parts, grad in zip(grads, (dk, dv), strict=True):
+            torch.sum(parts.unflatten(1, (key.shape[1], -1)), 2, out=grad)
     return dq, dk, dv
 
 
@@ -204,7 +210,9 @@ def prepared_bwd(
         return any_run
     if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
         return any_run
-    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
+    if heads != key.shape[1]:
+        return any_run
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
     is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
@@ -229,6 +237,7 @@ class _BackwardLaunch(NamedTuple):
     run: Kernel
     scratch: int  # fp32 elements
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
+    heads: int  # that dK and dV are computed of; see config.backward_heads
 
 
 def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
@@ -244,12 +253,13 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
     scale_log2, cap_factor = scale * LOG2_E, None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    heads_kv, seqlen_k = key.shape[1:3]
-    blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-seqlen_k // plan.config.tile_n)
-    schedule = sm90.backward_schedule(batch * heads_kv, tiles, is_causal or left is not None, plan.num_sms)
-    size = plan.config.scratch(batch * heads, blocks, heads // heads_kv, schedule.slots, deterministic)
+    blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
+    longest_first = is_causal or left is not None
+    summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, longest_first, plan.num_sms)
+    schedule = sm90.backward_schedule(batch * summed, tiles, longest_first, plan.num_sms)
+    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)
     scalars = (scale, scale_log2, plan.num_sms, *schedule, left, right, cap_factor)
-    return _BackwardLaunch(plan.run, size, scalars)
+    return _BackwardLaunch(plan.run, size, scalars, summed)
 
 
 def _run_on(device: int, run: Kernel, arguments: tuple) -> None:
