@@ -187,7 +187,7 @@ def attention_bwd(
     run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
     scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
     inputs = [_addressable(x) for x in (dout, query, key, value, out)]
-    grads = dk, dv
+    grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
         grads = tuple(x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in grads)
     _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
