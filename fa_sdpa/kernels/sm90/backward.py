@@ -522,6 +522,15 @@ class Backward(Roles):
             row += wg * 64
         return row
 
+    def _join_group(self, unit: Unit, gmem: Gmem) -> Int32:
+        """Key/value head and sequence of a unit in one register, until dK or dV is stored."""
+        return unit.batch * gmem.k.shape[2] + unit.head
+
+    def _split_group(self, group: Int32, gmem: Gmem) -> tuple[Int32, Int32]:
+        """Key/value head and sequence."""
+        heads = gmem.k.shape[2]
+        return group % heads, group // heads
+
     @cute.jit
     def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
         return query_blocks(n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window)
@@ -780,7 +789,7 @@ class Backward(Roles):
         start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
         if cutlass.const_expr(not self.has_window):
             unmasked_end = end
-        first_key = unit.index * self.tile_n + self._row(wg)
+        first_key, group = unit.index * self.tile_n + self._row(wg), self._join_group(unit, gmem)
         total = (end - start) * qhead_per_kvhead
         left = total
         pipelines.k.consumer_wait(kv_state)
@@ -788,26 +797,27 @@ class Backward(Roles):
             pipelines.q.consumer_wait(q_state)
         self._issue_s(mmas, regs, q_state)
         pipelines.v.consumer_wait(kv_state)
+        if total == 0:
+            pipelines.v.consumer_release(kv_state)
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
+        # Of a tile's blocks, each for all heads of the group, ``left`` tells which one it is, and whether it is masked.
         if cutlass.const_expr(self.has_window):
-            for i in cutlass.range(end - unmasked_end, unroll=1):
-                limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    self._block(context, q_state, left == total - 1, left, limits)
-                    q_state.advance()
-        for _ in cutlass.range(unmasked_end - unmasked_start, unroll=1):
-            for _ in cutlass.range(qhead_per_kvhead, unroll=1):
+            while left > (unmasked_end - start) * qhead_per_kvhead:
                 left -= 1
-                self._block(context, q_state, left == total - 1, left, None)
-                q_state.advance()
-        for i in cutlass.range(unmasked_start - start, unroll=1):
-            limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-            for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                left -= 1
+                limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
                 self._block(context, q_state, left == total - 1, left, limits)
                 q_state.advance()
+        masked = (unmasked_start - start) * qhead_per_kvhead
+        while left > masked:
+            left -= 1
+            self._block(context, q_state, left == total - 1, left, None)
+            q_state.advance()
+        while left > 0:
+            left -= 1
+            limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
+            self._block(context, q_state, left == total - 1, left, limits)
+            q_state.advance()
         if cutlass.const_expr(not self.has_dq_warpgroup):
             if total > 0:
                 cute.arch.mbarrier_wait(pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index))
@@ -817,14 +827,13 @@ class Backward(Roles):
                 self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index)
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
-        if total == 0:
-            pipelines.v.consumer_release(kv_state)
         if cutlass.const_expr(self.stores_by_tma):
             self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
             self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
         else:
-            self._store(regs.acc_dV, gmem.dv[None, None, unit.head, unit.batch], first_key, Float32(1.0))
-            self._store(regs.acc_dK, gmem.dk[None, None, unit.head, unit.batch], first_key, scoring.softmax_scale)
+            head, batch = self._split_group(group, gmem)
+            self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
+            self._store(regs.acc_dK, gmem.dk[None, None, head, batch], first_key, scoring.softmax_scale)
         return q_state
 
     @cute.jit

@@ -217,7 +217,7 @@ class Roles:
         start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
         if cutlass.const_expr(not self.has_window):
             unmasked_end = end
-        first_key = unit.index * self.tile_n + self._row(place.wg)
+        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
         self._load_columns(smem.k, regs.rK, place)
@@ -244,7 +244,8 @@ class Roles:
                 state.advance()
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
-        self._store(regs.acc_dV, gmem.dv[None, None, unit.head, unit.batch], first_key, Float32(1.0))
+        head, batch = self._split_group(group, gmem)
+        self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
         return state
 
     @cute.jit
@@ -340,7 +341,7 @@ class Roles:
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         start, _, _, end = self._query_blocks(unit.index, gmem, scoring.window)
-        first_key = unit.index * self.tile_n + self._row(place.wg)
+        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.v.consumer_wait(kv_state)
         self._load_columns(smem.v, regs.rV, place)
@@ -354,7 +355,8 @@ class Roles:
             state.advance()
         warpgroup.wait_group(0)
         pipelines.v.consumer_release(kv_state)
-        target = gmem.dk[None, None, unit.head, unit.batch]
+        head, batch = self._split_group(group, gmem)
+        target = gmem.dk[None, None, head, batch]
         self._store(regs.acc_dK, target, first_key, scoring.softmax_scale)
         return state
 
