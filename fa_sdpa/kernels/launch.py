@@ -186,14 +186,15 @@ def attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
     scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
-    inputs = [_addressable(x) for x in (dout, query, key, value, out)]
     grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
-        grads = tuple(x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in grads)
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+        grads = torch.empty_like(key), torch.empty_like(value)
+    inputs = (_addressable(x) for x in (dout, query, key, value, out))
     _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
-    if heads != key.shape[1]:
+    if heads != dk.shape[1]:
         for parts, grad in zip(grads, (dk, dv), strict=True):
-            torch.sum(parts.unflatten(1, (key.shape[1], -1)), 2, out=grad)
+            torch.sum(parts.unflatten(1, (grad.shape[1], -1)), 2, out=grad)
     return dq, dk, dv
 
 

@@ -12,8 +12,7 @@ the sums take little memory. backward_convert.py has the conversions.
 
 A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
 the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
-needs no sums of dK and dV in memory (but where that leaves SMs idle, each part of a group has a tile and dK and dV of
-its own: config.backward_heads), and the tiles of a causal head that run at the same time read the same blocks at
+needs no sums of dK and dV in memory, and the tiles of a causal head that run at the same time read the same blocks at
 the same time. dQ is added to fp32 sums in global memory, from shared memory by bulk reductions. (Straight from
 registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers are not free until then; that is what
 happens where shared memory has no room.)
@@ -162,8 +161,8 @@ class Gmem(NamedTuple):
     v: cute.Tensor  # (s_k, dv, h_kv, b)
     q: cute.Tensor  # (s_q, d, h, b)
     do: cute.Tensor  # (s_q, dv, h, b)
-    dk: cute.Tensor  # (s_k, d, h_tiles, b)
-    dv: cute.Tensor  # (s_k, dv, h_tiles, b)
+    dk: cute.Tensor  # (s_k, d, h_kv, b)
+    dv: cute.Tensor  # (s_k, dv, h_kv, b)
     dq: cute.Tensor  # (s_q, d, h, b) in memory
 
 
@@ -324,8 +323,8 @@ class Backward(Roles):
         mO: cute.Tensor,  # (b, h, s_q, dv)
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         mdQ: cute.Tensor,  # (b, h, s_q, d)
-        mdK: cute.Tensor,  # (b, h_tiles, s_k, d), h_tiles a multiple of h_kv: each has the sum over its query heads
-        mdV: cute.Tensor,  # (b, h_tiles, s_k, dv)
+        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
         mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
@@ -360,7 +359,7 @@ class Backward(Roles):
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        heads_kv = mdK.shape[1]
+        heads_kv = mK.shape[1]
         group = heads // heads_kv
         scratch = split_scratch(
             mScratch,
@@ -560,8 +559,7 @@ class Backward(Roles):
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
-                gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
+                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
@@ -1082,7 +1080,7 @@ def _round_up(value: int, multiple: int) -> int:
 def example_arguments(key: KernelKey) -> tuple:
     """Tensors without data, for ``cute.compile``: everything symbolic but the head dims and the unit stride."""
     dtype = DTYPES[key.dtype]
-    batch, heads, heads_kv, heads_tiles = (cute.sym_int() for _ in range(4))
+    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
     seqlen_q, seqlen_k = cute.sym_int(), cute.sym_int()
 
     def tensor(num_heads: cute.SymInt, seqlen: cute.SymInt, head_dim: int) -> cute.Tensor:
@@ -1100,7 +1098,7 @@ def example_arguments(key: KernelKey) -> tuple:
     return (
         *(tensor(*shape) for shape in shapes),
         lse,
-        *(tensor(*shape) for shape in (of_query, (heads_tiles, *of_key[1:]), (heads_tiles, *of_value[1:]))),
+        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),
