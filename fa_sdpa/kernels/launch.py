@@ -238,7 +238,7 @@ class _BackwardLaunch(NamedTuple):
     run: Kernel
     scratch: int  # fp32 elements
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
-    heads: int  # that dK and dV are computed of; see config.backward_heads
+    heads: int  # of K, V and their gradients in the kernel; see config.backward_heads
 
 
 def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
