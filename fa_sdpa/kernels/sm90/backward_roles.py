@@ -226,22 +226,21 @@ class Roles:
         self._issue_scores(mmas, regs, state)
         regs.acc_dV.fill(0.0)
         if cutlass.const_expr(self.has_window):
-            for i in cutlass.range(end - unmasked_end, unroll=1):
-                limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    self._score_block(context, state, left, limits)
-                    state.advance()
-        for _ in cutlass.range((unmasked_end - unmasked_start) * qhead_per_kvhead, unroll=1):
+            while left > (unmasked_end - start) * qhead_per_kvhead:
+                left -= 1
+                limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
+                self._score_block(context, state, left, limits)
+                state.advance()
+        masked = (unmasked_start - start) * qhead_per_kvhead
+        while left > masked:
             left -= 1
             self._score_block(context, state, left, None)
             state.advance()
-        for i in cutlass.range(unmasked_start - start, unroll=1):
-            limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-            for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                left -= 1
-                self._score_block(context, state, left, limits)
-                state.advance()
+        while left > 0:
+            left -= 1
+            limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
+            self._score_block(context, state, left, limits)
+            state.advance()
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
         head, batch = self._split_group(group, gmem)
