@@ -281,6 +281,11 @@ def test_parts_of_a_call(call, parts):
     assert (chosen - 1) * -(-blocks // chosen) < blocks  # the last part has keys
 
 
+def test_query_heads_are_packed_for_one_query_that_nothing_tells_apart():
+    assert config.packs_gqa(8, 1, False)
+    assert not any((config.packs_gqa(1, 1, False), config.packs_gqa(8, 2, False), config.packs_gqa(8, 1, True)))
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -303,7 +303,7 @@ def _tile(
     num_sms: int,
 ) -> _Tiling:
     window, _, sink = flags
-    packs = _packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
+    packs = sm90.packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
     if packs:
         heads, seqlen_q = heads_kv, heads // heads_kv
     sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
@@ -356,13 +356,6 @@ def _make_plan(
         _plans[dtype, head_dim, head_dim_v, is_causal, tile, flags, device] = plan
 
     return plan._replace(run=first_launch(key, plan.run, keep))
-
-
-def _packs_gqa(group: int, seqlen_q: int, tells_rows_apart: bool) -> bool:
-    """Whether the ``group`` query heads of a key/value head become rows of one tile, so that K and V are read once:
-    where each has one query, and no mask or sink tells them apart. With more queries it would depend on strides, and
-    results with it."""
-    return group > 1 and seqlen_q == 1 and not tells_rows_apart
 
 
 def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -342,6 +342,17 @@ def forward_parts(seqlen_q: int, seqlen_k: int, sequences: int, num_sms: int) ->
     return parts
 
 
+def packs_gqa(group: int, seqlen_q: int, tells_rows_apart: bool) -> bool:
+    """Whether the ``group`` query heads of a key/value head become rows of one tile, so that K and V are read once:
+    where each has one query, and no mask or sink tells them apart.
+
+    On an H100 (bf16, CUDA graphs) 16 / 2 heads of d80 with 2048 keys take 5.8 µs, packed and their keys split, and 19.0
+    with a tile for each head. With more queries packing would depend on strides, and results with it; there the heads
+    of a group are neighbours in the schedule and share K and V in L2.
+    """
+    return group > 1 and seqlen_q == 1 and not tells_rows_apart
+
+
 @functools.cache
 def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal") -> ForwardConfig:
     """Tile for a pair of head dims; ValueError for head dims, or a tile, that no kernel has.
