@@ -53,7 +53,7 @@ def check(q, k, v, dout=None, **options):
     return grads
 
 
-@pytest.mark.parametrize("layout", ["bshd", "packed", "expanded_heads"])
+@pytest.mark.parametrize("layout", ["bshd", "packed", "cache"])
 @pytest.mark.parametrize(
     ("heads", "heads_kv", "seqlen", "d", "dv", "options"),
     [

@@ -448,7 +448,8 @@ def backward_schedule(groups: int, tiles: int, longest_first: bool, num_sms: int
     """
     if longest_first:
         section, margin = max(1, num_sms // (2 * tiles)), 0
-        lag, sections = 1 + -(-9 * num_sms // (10 * section * tiles)), max(1, -(-groups // section) - 1)
+        # The longest tile takes twice the mean: as many tiles as two waves have, and a group's sums are complete.
+        lag, sections = -(-194 * num_sms // (100 * section * tiles)), max(1, -(-groups // section) - 1)
     else:
         section, sections = 1, groups
         lag, margin = -(-5 * num_sms // (4 * tiles)), -(-2 * num_sms // (5 * tiles))
