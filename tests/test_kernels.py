@@ -161,7 +161,7 @@ def test_config_is_checked_at_birth(values, message):
     ("values", "message"),
     [
         ((128, 128, 96, 128, 2), "tile_m"),
-        ((128, 128, 64, 96, 2), "tile_n"),
+        ((128, 128, 64, 112, 2), "tile_n"),
         ((128, 128, 64, 128, 3), "stages"),
         ((256, 256, 64, 128, 2), "smem_bytes"),
         ((240, 16, 64, 128, 2), "tile_n"),
@@ -190,15 +190,19 @@ def test_backward_warpgroups_fit_the_register_file():
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
             chosen = config.backward_config(head_dim, head_dim_v)
-            mma, producer, dq = chosen.registers
-            assert 128 * (2 * mma + producer + dq) <= 65536
-            assert mma % 8 == producer % 8 == dq % 8 == 0
+            first, second, producer, dq = chosen.registers
+            mma = min(first, second)
+            assert 128 * (first + second + producer + dq) <= 65536
+            assert first % 8 == second % 8 == producer % 8 == dq % 8 == 0
             assert (chosen.mma_warpgroups == 3) == chosen.has_dq_warpgroup == (dq > 0)
             assert chosen.dq_columns % chosen.dq_chunk == 0
             columns, columns_v = chosen.head_dim_mma, chosen.head_dim_v_mma
             if chosen.has_dq_warpgroup and chosen.splits_keys:
                 assert (columns + columns_v) // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
-            if not chosen.splits_keys:
+            if chosen.transposes_sums:
+                for columns, limit in ((chosen.head_dim_v_smem, first), (chosen.head_dim_smem, second)):
+                    assert chosen.tile_n * columns // 128 + chosen.tile_n // 2 + 32 <= limit  # dV or dK, S; addresses
+            elif not chosen.splits_keys:
                 for held, accumulated in ((chosen.k_slices, columns_v), (chosen.v_slices, columns)):
                     assert 4 * held + accumulated // 2 + 3 * chosen.tile_m // 4 + 32 <= mma  # K or V, dV or dK, S, P
 

@@ -208,13 +208,17 @@ class Backward(Roles):
         self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
         self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
         self.stores_by_tma = config.stores_by_tma
-        self.dk_columns, self.dv_columns = (
-            columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
-        )
+        self.transposes_sums, self.p_stages = config.transposes_sums, config.p_stages
+        if self.transposes_sums:
+            self.dk_columns, self.dv_columns = self.width, self.width_v
+        else:
+            self.dk_columns, self.dv_columns = (
+                columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
+            )
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
-        self.mma_registers, self.producer_registers, self.dq_registers = config.registers
+        *self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
     def _layouts(self) -> Layouts:
         splits_dq = not self.has_dq_warpgroup and not self.dq_by_rows  # each warpgroup has half of its columns
@@ -232,14 +236,20 @@ class Backward(Roles):
         """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
         halves, as ptxas takes no instruction with more registers than a thread has at its start."""
         by_rows, by_columns, alone = (2, 1), (1, 2), (1, 1)
+        split = alone if self.has_dq_warpgroup else by_rows if self.dq_by_rows else by_columns
+        dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
+        if self.transposes_sums:
+            sdp, sums = (
+                tiled_mma(self.dtype, majors, alone, self.tile_n)
+                for majors in ((K_MAJOR, K_MAJOR), (MN_MAJOR, MN_MAJOR))
+            )
+            return Mmas(sdp, sums, sums, dq)
         rows = by_rows if self.splits_keys else alone
         sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), rows, self.tile_m)
         dk, dv = (
             tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), rows, columns if columns <= 192 else 128, a_in_registers=True)
             for columns in (dk_columns, dv_columns)
         )
-        split = alone if self.has_dq_warpgroup else by_rows if self.dq_by_rows else by_columns
-        dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
         return Mmas(sdp, dk, dv, dq)
 
     def _sums_mma(self) -> cute.TiledMma:
@@ -268,9 +278,7 @@ class Backward(Roles):
             sQ: buffer(layouts.q)  # type: ignore[valid-type]
             sdO: buffer(layouts.do)  # type: ignore[valid-type]
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
-            sP: cute.struct.Align[
-                cute.struct.MemRange[self.dtype, 0 if self.splits_keys else self.tile_m * self.tile_n], 1024
-            ]
+            sP: cute.struct.Align[cute.struct.MemRange[self.dtype, self.p_stages * self.tile_m * self.tile_n], 1024]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
 
         return SharedStorage
@@ -377,7 +385,6 @@ class Backward(Roles):
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
-        exchanged = cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP)))
         smem = Smem(
             *(
                 buffer.get_tensor(layout.outer, swizzle=layout.inner)
@@ -389,7 +396,7 @@ class Backward(Roles):
                     (storage.sdS, layouts.scores),
                 )
             ),
-            None if self.splits_keys else storage.sP.get_tensor(exchanged),
+            self._shared_p(storage.sP),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
         )
@@ -433,18 +440,20 @@ class Backward(Roles):
                     )
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
-                cute.arch.setmaxregister_increase(self.mma_registers)
                 if cutlass.const_expr(self.splits_keys):
+                    cute.arch.setmaxregister_increase(self.mma_registers[0])
                     self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
                 elif warp_idx < 8:
+                    cute.arch.setmaxregister_increase(self.mma_registers[0])
                     self.score(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
                 else:
+                    cute.arch.setmaxregister_increase(self.mma_registers[1])
                     self.differentiate(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
             else:
                 cute.arch.setmaxregister_decrease(self.dq_registers)
                 self.multiply_dq(gmem, scratch, smem, pipelines, tiles, mmas, scoring.window, qhead_per_kvhead)
         else:
-            cute.arch.setmaxregister_increase(self.mma_registers)
+            cute.arch.setmaxregister_increase(self.mma_registers[0])
             self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
 
     def _pipeline(self, barriers, stages: int, num_bytes: int, warps: int) -> pipeline.PipelineTmaAsync:
@@ -457,6 +466,15 @@ class Backward(Roles):
             tx_count=num_bytes,
             defer_sync=True,
         )
+
+    def _shared_p(self, buffer) -> cute.Tensor | None:
+        """P as one warpgroup gives it to another: for WGMMA, or as registers."""
+        if self.splits_keys:
+            return None
+        if self.transposes_sums:
+            layout = smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages)
+            return buffer.get_tensor(layout.outer, swizzle=layout.inner)
+        return buffer.get_tensor(cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP))))
 
     @cute.jit
     def _find_tile(self, step: Int32, tiles: Tiles):
@@ -845,10 +863,13 @@ class Backward(Roles):
         place: Place,
     ) -> None:
         """Write this warpgroup's part of P or dS to shared memory, for WGMMA."""
-        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=True, num_matrices=4), self.dtype)
+        is_transposed = not self.transposes_sums
+        atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=is_transposed, num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(place.tidx)
-        flipped = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
-        cute.copy(copy, copy.retile(rounded), copy.partition_D(flipped))
+        target = sX
+        if cutlass.const_expr(is_transposed):
+            target = cute.composition(sX, cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)))
+        cute.copy(copy, copy.retile(rounded), copy.partition_D(target))
         cute.arch.fence_view_async_shared()
 
     @cute.jit

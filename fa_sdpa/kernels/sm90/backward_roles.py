@@ -28,7 +28,7 @@ from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..common import fragments, softmax
 from ..common.atomics import add_fragment
-from ..common.mask import mask_left, mask_right
+from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles
 from .backward_rows import WARPGROUP, Scratch
 from .wgmma import K_MAJOR, issue, tiled_mma, transposed
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..common.blocks import Window
     from .backward import Gmem, Mmas, Pipelines, Scoring, Smem
 
+P_WRITTEN, DS_WRITTEN = 1, 2  # named barriers of one warpgroup
 HIDDEN = -1e18  # a masked score that is capped: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 
 
@@ -163,18 +164,17 @@ class Roles:
     ) -> None:
         """Warpgroup that multiplies S and dV of all tiles of this CTA."""
         place = self._place_alone()
-        partition = self._partitions()
-        sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
-        rP = self._accumulator(mmas.sdp, self.tile_m, self.dtype)
+        rP = self._scores(mmas, self.dtype)
+        tSrK, tSrQ, tVrP, tVrdO = self._fragments(self._partitions().dv, smem.k, smem.q, smem.do, rP, smem.p)
         regs = ScoreOperands(
-            tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
-            tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
-            tVrP=fragments.as_operand_a(rP),
-            tVrdO=dv.make_fragment_B(dv.partition_B(transposed(smem.do))),
+            tSrK=tSrK,
+            tSrQ=tSrQ,
+            tVrP=tVrP,
+            tVrdO=tVrdO,
             rK=self._first_columns(self.k_slices),
             rP=rP,
-            acc_S=self._accumulator(mmas.sdp, self.tile_m),
-            acc_dV=self._accumulator(mmas.dv, self.dv_columns),
+            acc_S=self._scores(mmas, Float32),
+            acc_dV=self._sums(mmas.dv, self.dv_columns),
         )
         context = (mmas, regs, smem, pipelines, scoring, place)
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
@@ -185,7 +185,6 @@ class Roles:
             start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
             if cutlass.const_expr(not self.has_window):
                 unmasked_end = end
-            first_key = n_block * self.tile_n + place.row
             left = (end - start) * qhead_per_kvhead
             pipelines.k.consumer_wait(kv_state)
             self._load_columns(smem.k, regs.rK, place)
@@ -195,7 +194,7 @@ class Roles:
             regs.acc_dV.fill(0.0)
             if cutlass.const_expr(self.has_window):
                 for i in cutlass.range(end - unmasked_end, unroll=1):
-                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
+                    limits = self._limits_of(n_block, end - 1 - i, place, seqlen_k, scoring.window)
                     for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                         left -= 1
                         self._score_block(context, state, left, limits)
@@ -205,7 +204,7 @@ class Roles:
                 self._score_block(context, state, left, None)
                 state.advance()
             for i in cutlass.range(unmasked_start - start, unroll=1):
-                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
+                limits = self._limits_of(n_block, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
                 for _ in cutlass.range(qhead_per_kvhead, unroll=1):
                     left -= 1
                     self._score_block(context, state, left, limits)
@@ -213,7 +212,7 @@ class Roles:
             warpgroup.wait_group(0)
             pipelines.k.consumer_release(kv_state)
             kv_state.advance()
-            self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
+            self._store_sums(regs.acc_dV, gmem.dv[None, None, head_kv, batch], n_block, place, Float32(1.0))
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
 
     @cute.jit
@@ -232,10 +231,14 @@ class Roles:
             softmax.cap_scores(regs.acc_S, scoring.cap_factor)
         if cutlass.const_expr(limits is not None):
             fill = -math.inf if scoring.cap_factor is None else HIDDEN
-            mask_left(regs.acc_S, limits[0], fill)
-            if cutlass.const_expr(self.has_window):
+            if cutlass.const_expr(limits[0] is not None):
+                mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(limits[1] is not None):
                 mask_right(regs.acc_S, limits[1], fill)
-        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        if cutlass.const_expr(self.transposes_sums):
+            self._weights_of_rows(regs.acc_S, self._row_statistics(smem, stage, 0, place), scoring)
+        else:
+            self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
         cute.arch.sync_warp()
         pipelines.q.consumer_release(state)
         rounded = cute.make_rmem_tensor(regs.acc_S.layout, self.dtype)  # P, or with a softcap P times its derivative
@@ -245,10 +248,15 @@ class Roles:
             if cutlass.const_expr(not self.has_softcap):
                 self._slices(regs.rP)[None, k].store(rounded[None, k].load())
         cute.arch.mbarrier_wait(pipelines.p_empty, stage ^ 1)
-        self._exchange_p(smem, place, rounded, writes=True)
-        self._arrive(pipelines.p_full)
+        if cutlass.const_expr(self.transposes_sums):
+            self._store_scores(mmas, regs.rP, smem.p[None, None, stage], place)
+            self._arrive(pipelines.p_full)
+            cute.arch.barrier(barrier_id=P_WRITTEN, number_of_threads=WARPGROUP)
+        else:
+            self._exchange_p(smem, place, rounded, writes=True)
+            self._arrive(pipelines.p_full)
         pipelines.do.consumer_wait(state)
-        issue(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        self._issue_sums(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO, stage, stage)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -270,26 +278,24 @@ class Roles:
     ) -> None:
         """Warpgroup that multiplies dP and dK of all tiles of this CTA."""
         place = self._place_alone()
-        partition = self._partitions()
-        sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
-        rP, rdS = (self._accumulator(mmas.sdp, self.tile_m, self.dtype) for _ in range(2))
+        rP, rdS = (self._scores(mmas, self.dtype) for _ in range(2))
+        tPrV, tPrdO, tKrdS, tKrQ = self._fragments(self._partitions().dk, smem.v, smem.do, smem.q, rdS, smem.ds)
         regs = GradientOperands(
-            tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
-            tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
-            tKrdS=fragments.as_operand_a(rdS),
-            tKrQ=dk.make_fragment_B(dk.partition_B(transposed(smem.q))),
+            tPrV=tPrV,
+            tPrdO=tPrdO,
+            tKrdS=tKrdS,
+            tKrQ=tKrQ,
             rV=self._first_columns(self.v_slices),
             rP=rP,
             rdS=rdS,
-            acc_dP=self._accumulator(mmas.sdp, self.tile_m),
-            acc_dK=self._accumulator(mmas.dk, self.dk_columns),
+            acc_dP=self._scores(mmas, Float32),
+            acc_dK=self._sums(mmas.dk, self.dk_columns),
         )
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
         while is_valid:
             start, _, _, end = self._query_blocks(n_block, gmem, scoring.window)
-            first_key = n_block * self.tile_n + place.row
             left = (end - start) * qhead_per_kvhead
             pipelines.v.consumer_wait(kv_state)
             self._load_columns(smem.v, regs.rV, place)
@@ -305,7 +311,7 @@ class Roles:
             pipelines.v.consumer_release(kv_state)
             kv_state.advance()
             target = gmem.dk[None, None, head_kv, batch]
-            self._store(regs.acc_dK, target, first_key, place, scoring.softmax_scale)
+            self._store_sums(regs.acc_dK, target, n_block, place, scoring.softmax_scale)
             step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
 
     @cute.jit
@@ -335,8 +341,10 @@ class Roles:
             op = (self._from_registers() if k < held else mmas.sdp).op
             atom = cute.make_mma_atom(op)
             atom.set(warpgroup.Field.ACCUMULATE, k > 0)
-            A = first if cutlass.const_expr(k < held) else tCrA
-            cute.gemm(atom, acc, A[None, None, k], tCrB[None, None, k], acc)
+            A, B = first if cutlass.const_expr(k < held) else tCrA, tCrB
+            if cutlass.const_expr(self.transposes_sums):
+                A, B = tCrB, tCrA
+            cute.gemm(atom, acc, A[None, None, k], B[None, None, k], acc)
         warpgroup.commit_group()
 
     def _from_registers(self) -> cute.TiledMma:
@@ -374,26 +382,25 @@ class Roles:
         """dS and dK of one block of queries, whose dP is being multiplied already, and the next one's dP."""
         stage = state.index
         pipelines.q.consumer_wait(state)
-        delta = self._statistics(smem, stage, self.tile_m, place)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
         cute.arch.mbarrier_wait(pipelines.p_full, stage)
-        weights = self._slices(regs.rP)
-        self._exchange_p(smem, place, weights, writes=False)
-        self._arrive(pipelines.p_empty)
-        gradients, rounded = self._slices(regs.acc_dP), self._slices(regs.rdS)
-        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
-            wide = cute.make_rmem_tensor(8, Float32)
-            wide.store(weights[None, k].load().to(Float32))
-            for half in cutlass.range_constexpr(2):
-                pair = delta[None, 2 * k + half].load()
-                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
-                    gradients[i, k] = wide[i] * (gradients[i, k] - pair[i % 2])
-            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+        if cutlass.const_expr(self.transposes_sums):
+            atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
+            copy = cute.make_tiled_copy_C(atom, mmas.sdp).get_slice(place.tidx)
+            cute.copy(copy, copy.partition_S(smem.p[None, None, stage]), copy.retile(regs.rP))
+            self._arrive(pipelines.p_empty)
+            self._gradients_of_rows(regs, self._row_statistics(smem, stage, self.tile_m, place))
+        else:
+            self._exchange_p(smem, place, self._slices(regs.rP), writes=False)
+            self._arrive(pipelines.p_empty)
+            self._gradients_of_columns(regs, self._statistics(smem, stage, self.tile_m, place))
         cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
         self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
         self._arrive(pipelines.ds_full + stage)
-        issue(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        if cutlass.const_expr(self.transposes_sums):
+            cute.arch.barrier(barrier_id=DS_WRITTEN, number_of_threads=WARPGROUP)
+        self._issue_sums(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ, stage, stage)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -402,6 +409,141 @@ class Roles:
         warpgroup.wait_group(1)  # dK
         cute.arch.sync_warp()  # all lanes have read δ
         pipelines.q.consumer_release(state)
+
+    @cute.jit
+    def _gradients_of_columns(self, regs: GradientOperands, delta: cute.Tensor) -> None:
+        """dS = P ∘ (dP - δ) in 16 bit, keys × queries."""
+        weights, gradients, rounded = self._slices(regs.rP), self._slices(regs.acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
+            wide = cute.make_rmem_tensor(8, Float32)
+            wide.store(weights[None, k].load().to(Float32))
+            for half in cutlass.range_constexpr(2):
+                pair = delta[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
+                    gradients[i, k] = wide[i] * (gradients[i, k] - pair[i % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+
+    @cute.jit
+    def _gradients_of_rows(self, regs: GradientOperands, delta: cute.Tensor) -> None:
+        """dS = P ∘ (dP - δ) in 16 bit, queries × keys."""
+        weights, gradients, rounded = self._slices(regs.rP), self._slices(regs.acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
+            wide = cute.make_rmem_tensor(8, Float32)
+            wide.store(weights[None, k].load().to(Float32))
+            for i in cutlass.range_constexpr(8):
+                gradients[i, k] = wide[i] * (gradients[i, k] - delta[i // 2 % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+
+    @cute.jit
+    def _weights_of_rows(self, acc_S: cute.Tensor, lse: cute.Tensor, scoring: "Scoring") -> None:
+        """P in the place of S, queries × keys."""
+        scores = self._slices(acc_S)
+        for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            for i in cutlass.range_constexpr(8):
+                exponent = scores[i, k] * scoring.scale_log2 - lse[i // 2 % 2]
+                scores[i, k] = cute.math.exp2(exponent, fastmath=True)
+
+    @cute.jit
+    def _row_statistics(self, smem: "Smem", stage: Int32, first: int, place: Place) -> cute.Tensor:
+        """lse, or δ from row ``first`` = tile_m on, of this thread's two queries; registers."""
+        values = cute.make_rmem_tensor(2, Float32)
+        for i in cutlass.range_constexpr(2):
+            values[i] = smem.statistics[first + place.row + 8 * i, stage]
+        return values
+
+    def _scores(self, mmas: "Mmas", dtype: type[cutlass.Numeric]) -> cute.Tensor:
+        """Registers of S."""
+        shape = (self.tile_m, self.tile_n) if self.transposes_sums else (self.tile_n, self.tile_m)
+        return cute.make_rmem_tensor(mmas.sdp.partition_shape_C(shape), dtype)
+
+    def _sums(self, mma: cute.TiledMma, columns: int) -> cute.Tensor:
+        """Registers of dV or dK."""
+        shape = (columns, self.tile_n) if self.transposes_sums else (self.tile_n, columns)
+        return cute.make_rmem_tensor(mma.partition_shape_C(shape), Float32)
+
+    def _fragments(
+        self,
+        sums: cute.TiledMma,
+        keys: cute.Tensor,  # K, V
+        queries: cute.Tensor,  # Q, dO
+        factors: cute.Tensor,  # dO, Q
+        rounded: cute.Tensor,  # registers of P, dS
+        scores: cute.Tensor,  # shared memory of P, dS
+    ) -> tuple[cute.Tensor, ...]:
+        """Operands of S or dP, keys and queries, and of dV or dK, scores and factors."""
+        sdp, sums = self._partitions().sdp.get_slice(0), sums.get_slice(0)
+        if self.transposes_sums:
+            return (
+                sdp.make_fragment_B(sdp.partition_B(keys)),
+                sdp.make_fragment_A(sdp.partition_A(queries)),
+                sums.make_fragment_B(sums.partition_B(transposed(scores))),
+                sums.make_fragment_A(sums.partition_A(transposed(factors))),
+            )
+        return (
+            sdp.make_fragment_A(sdp.partition_A(keys)),
+            sdp.make_fragment_B(sdp.partition_B(queries)),
+            fragments.as_operand_a(rounded),
+            sums.make_fragment_B(sums.partition_B(transposed(factors))),
+        )
+
+    @cute.jit
+    def _issue_sums(
+        self,
+        mma: cute.TiledMma,
+        acc: cute.Tensor,
+        scores: cute.Tensor,
+        factors: cute.Tensor,
+        stage: Int32,  # of scores in shared memory
+        factors_stage: Int32,
+    ) -> None:
+        """Issue dV += Pᵀ dO or dK += dSᵀ Q, or the same transposed."""
+        factors = factors[None, None, None, factors_stage]
+        if cutlass.const_expr(self.transposes_sums):
+            issue(mma, acc, factors, scores[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        else:
+            issue(mma, acc, scores, factors, self.tile_m // 16, zero_init=False)
+
+    @cute.jit
+    def _limits_of(self, n_block: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: "Window | None"):
+        """``(starts, ends)`` of what each of this thread's rows of S sees of the other mode; None: no such limit."""
+        if cutlass.const_expr(self.transposes_sums):
+            first, starts = m_block * self.tile_m + place.row, None
+            ends = row_limits(2, first, seqlen_k, n_block, self.tile_n, self.is_causal, window)
+            if cutlass.const_expr(self.has_window):
+                starts = row_starts(2, first, n_block, self.tile_n, window)
+            return starts, ends
+        else:
+            return self._limits(n_block * self.tile_n + place.row, m_block, place, seqlen_k, window)
+
+    @cute.jit
+    def _store_sums(self, acc: cute.Tensor, mX: cute.Tensor, n_block: Int32, place: Place, scale: Float32) -> None:
+        """Round scale · dV or dK and write this thread's part."""
+        first_key = n_block * self.tile_n
+        if cutlass.const_expr(self.transposes_sums):
+            self._store_transposed(acc, mX, first_key, place, scale)
+        else:
+            self._store(acc, mX, first_key + place.row, place, scale)
+
+    @cute.jit
+    def _store_transposed(
+        self, acc: cute.Tensor, mX: cute.Tensor, first_key: Int32, place: Place, scale: Float32
+    ) -> None:
+        """Round scale · acc, columns × keys, and write it; two lanes write 32 neighbouring bytes at a time."""
+        pairs = cute.recast_tensor(self._round(acc, scale), Int32)  # of neighbouring keys
+        groups = self.tile_n // 8  # of eight keys
+        quad, lane = place.tidx % 32 // 4, place.tidx % 4
+        store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=128)
+        for m in cutlass.range_constexpr(cute.size(pairs) // (2 * groups)):  # of 64 columns
+            for v in cutlass.range_constexpr(0, groups, 2):
+                values = cute.make_rmem_tensor(4, Int32)  # eight keys by eight columns each: a row's two columns
+                for j in cutlass.range_constexpr(4):
+                    values[j] = fragments.transpose_8x8(pairs[(m * groups + v) * 2 + j])
+                fragments.transpose_in_quad(values)  # a row's eight columns of one of them
+                key = first_key + 8 * (v + lane // 2) + quad
+                chunk = m * 8 + place.tidx // 32 * 2 + lane % 2
+                if key < mX.shape[0] and chunk * 4 < mX.shape[1]:
+                    target = cute.zipped_divide(mX[key, None], (4,))[None, chunk].iterator
+                    cute.copy(store, values, cute.make_tensor(target.align(16), cute.make_layout(4)))
 
     def _place_alone(self) -> Place:
         """Where this thread's elements of S or dP are, of which its warpgroup has all."""
