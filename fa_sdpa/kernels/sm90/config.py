@@ -104,7 +104,8 @@ class BackwardConfig:
 
     With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
     keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for
-    one warpgroup. With SHORT_TILES likewise, dK and dV transposed. A third one multiplies dQ where that leaves the others enough registers.
+    one warpgroup. With SHORT_TILES likewise, dK and dV transposed. A third one multiplies dQ where that leaves the
+    others enough registers.
     """
 
     head_dim: int
