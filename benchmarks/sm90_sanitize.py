@@ -144,7 +144,7 @@ def backward_cases() -> list[tuple[Case, int]]:
     ]
     optional = [
         Case("bf16", d, dv, 1, 4, 2, q, k, options._replace(softcap=softcap))
-        for d, dv in ((64, 64), (128, 128), (192, 128), (256, 256))
+        for d, dv in ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
         for options, softcap in ((window, 0.0), (end, 0.0), (window, 30.0), (Options(), 30.0), (causal, 30.0))
         for q, k in ((300, 400), (400, 150))
     ]
