@@ -14,13 +14,6 @@ class Window(NamedTuple):
     right: Int32
 
 
-class Part(NamedTuple):
-    """One of ``count`` parts of a tile's key blocks, all of the same size but the last, which has what is left."""
-
-    index: Int32
-    count: Int32
-
-
 @cute.jit
 def key_blocks(
     m_block: Int32,
@@ -60,10 +53,11 @@ def first_key_blocks(
 
 
 @cute.jit
-def part_of_blocks(end: Int32, part: Part) -> tuple[Int32, Int32]:
-    """``(start, end)`` of a part of the blocks before ``end``. No part is empty where count = ⌈end / ⌈end / n⌉⌉."""
-    size = cute.ceil_div(end, part.count)
-    return part.index * size, cutlass.min((part.index + 1) * size, end)
+def part_of_blocks(end: Int32, index: Int32, count: Int32) -> tuple[Int32, Int32]:
+    """``(start, end)`` of one of ``count`` parts of the blocks before ``end``, all of the same size but the last, which
+    has what is left. No part is empty where count = ⌈end / ⌈end / n⌉⌉."""
+    size = cute.ceil_div(end, count)
+    return index * size, cutlass.min((index + 1) * size, end)
 
 
 @cute.jit

@@ -84,7 +84,7 @@ from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
 from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
-from .config import BackwardConfig
+from .config import BackwardConfig, round_up
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
@@ -594,7 +594,7 @@ class Backward(Roles):
 
     def _partitions(self) -> Mmas:
         """To partition shared memory with, as if all columns that it holds were multiplied; WGMMAs may be narrower."""
-        return self._mmas(self.width, self.width_v, _round_up(self.dq_chunk, 64))
+        return self._mmas(self.width, self.width_v, round_up(self.dq_chunk, 64))
 
     def _accumulator(self, mma: cute.TiledMma, columns: int, dtype: type[cutlass.Numeric] = Float32) -> cute.Tensor:
         """Registers of a product of tile_n keys with so many columns."""
@@ -915,10 +915,6 @@ class Backward(Roles):
                 if row < mX.shape[0] and group * 4 < mX.shape[1]:
                     target = cute.zipped_divide(mX[row, None], (4,))[None, group].iterator
                     cute.copy(store, values, cute.make_tensor(target.align(16), cute.make_layout(4)))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def example_arguments(key: KernelKey) -> tuple:

@@ -57,22 +57,22 @@ class ForwardConfig:
     @property
     def head_dim_mma(self) -> int:
         """Columns of Q and K that are multiplied: what WGMMA takes at a time is 16 deep."""
-        return _round_up(self.head_dim, 16)
+        return round_up(self.head_dim, 16)
 
     @property
     def head_dim_v_mma(self) -> int:
         """Columns of V that are multiplied, and of O in registers and in shared memory."""
-        return _round_up(self.head_dim_v, 16)
+        return round_up(self.head_dim_v, 16)
 
     @property
     def head_dim_smem(self) -> int:
         """Columns of Q and K in shared memory: whole 128-byte swizzled rows. TMA fills in zeros."""
-        return _round_up(self.head_dim, 64)
+        return round_up(self.head_dim, 64)
 
     @property
     def head_dim_v_smem(self) -> int:
         """Columns of V in shared memory, as ``head_dim_smem``."""
-        return _round_up(self.head_dim_v, 64)
+        return round_up(self.head_dim_v, 64)
 
     @property
     def stores_by_tma(self) -> bool:
@@ -152,7 +152,7 @@ class BackwardConfig:
         (64 K per SM)."""
         if not self.has_dq_warpgroup:
             return 240, 24, 0
-        dq = _round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
+        dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
         return (512 - 24 - dq) // 16 * 8, 24, dq
 
     @property
@@ -194,22 +194,22 @@ class BackwardConfig:
     @property
     def head_dim_mma(self) -> int:
         """Depth of Q Kᵀ, and columns of dK up to 192."""
-        return _round_up(self.head_dim, 16)
+        return round_up(self.head_dim, 16)
 
     @property
     def head_dim_v_mma(self) -> int:
         """Depth of dO Vᵀ, and columns of dV up to 192."""
-        return _round_up(self.head_dim_v, 16)
+        return round_up(self.head_dim_v, 16)
 
     @property
     def head_dim_smem(self) -> int:
         """Columns of Q and K in shared memory: whole 128-byte rows. TMA fills in zeros."""
-        return _round_up(self.head_dim, 64)
+        return round_up(self.head_dim, 64)
 
     @property
     def head_dim_v_smem(self) -> int:
         """Columns of V and dO in shared memory, as ``head_dim_smem``."""
-        return _round_up(self.head_dim_v, 64)
+        return round_up(self.head_dim_v, 64)
 
     @property
     def dq_by_rows(self) -> bool:
@@ -256,7 +256,7 @@ class BackwardConfig:
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
@@ -372,9 +372,9 @@ def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal") -> For
             raise ValueError(f"no wide tile for head_dim={head_dim}, head_dim_v={head_dim_v}")
         return ForwardConfig(head_dim, head_dim_v, 192, WIDE_KEYS[wide_class], stages)
     tile_m = 128
-    registers = (TILE_REGISTERS - _round_up(head_dim_v, 16) // 2) * 4 // 3
-    room = SMEM_PER_BLOCK - BARRIER_BYTES - 2 * tile_m * _round_up(head_dim, 64)  # beside one stage of Q
-    smem = room // (2 * stages * (_round_up(head_dim, 64) + _round_up(head_dim_v, 64)))
+    registers = (TILE_REGISTERS - round_up(head_dim_v, 16) // 2) * 4 // 3
+    room = SMEM_PER_BLOCK - BARRIER_BYTES - 2 * tile_m * round_up(head_dim, 64)  # beside one stage of Q
+    smem = room // (2 * stages * (round_up(head_dim, 64) + round_up(head_dim_v, 64)))
     tile_n = min(128, registers // 16 * 16, smem // 16 * 16)
     return ForwardConfig(head_dim, head_dim_v, tile_m, tile_n, stages)
 
@@ -393,21 +393,8 @@ def forward_key(
 ) -> KernelKey:
     """Key of the forward kernel for what decides its code."""
     config = forward_config(head_dim, head_dim_v, tile)
-    return KernelKey(
-        "forward",
-        ARCH,
-        DTYPE_NAMES[dtype],
-        head_dim,
-        head_dim_v,
-        is_causal,
-        config.tile_m,
-        config.tile_n,
-        config.stages,
-        window,
-        softcap,
-        sink,
-        tile == "split",
-    )
+    flags = {"window": window, "softcap": softcap, "sink": sink, "split": tile == "split"}
+    return _key("forward", dtype, is_causal, config, **flags)
 
 
 @functools.cache
@@ -423,8 +410,8 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     484 / 430 → 544 / 485; and keys shared by products instead of columns: d192 381 / 342 → 420 / 380, d256 381 / 354 →
     424 / 386.
     """
-    columns = _round_up(head_dim, 16) + _round_up(head_dim_v, 16)
-    smem = 768 * _round_up(head_dim, 64) + 512 * _round_up(head_dim_v, 64)
+    columns = round_up(head_dim, 16) + round_up(head_dim_v, 16)
+    smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
     if columns > (192 if softcap else 256) or smem > 192 << 10:
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
@@ -443,19 +430,13 @@ def backward_key(
 ) -> KernelKey:
     """Key of the backward kernel for what decides its code."""
     config = backward_config(head_dim, head_dim_v, softcap)
-    return KernelKey(
-        "backward",
-        ARCH,
-        DTYPE_NAMES[dtype],
-        head_dim,
-        head_dim_v,
-        is_causal,
-        config.tile_m,
-        config.tile_n,
-        config.stages,
-        window,
-        softcap,
-    )
+    return _key("backward", dtype, is_causal, config, window=window, softcap=softcap)
+
+
+def _key(
+    direction: str, dtype: torch.dtype, is_causal: bool, config: ForwardConfig | BackwardConfig, **flags: bool
+) -> KernelKey:
+    return KernelKey(direction, ARCH, DTYPE_NAMES[dtype], is_causal=is_causal, **dataclasses.asdict(config), **flags)
 
 
 def all_keys() -> tuple[KernelKey, ...]:

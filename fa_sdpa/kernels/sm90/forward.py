@@ -54,7 +54,7 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
-from ..common.blocks import Part, Window, first_key_blocks, key_blocks, part_of_blocks
+from ..common.blocks import Window, first_key_blocks, key_blocks, part_of_blocks
 from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
@@ -476,7 +476,7 @@ class Forward:
         if cutlass.const_expr(self.has_window):
             start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
         if cutlass.const_expr(self.is_split):
-            start, end = part_of_blocks(end, Part(batch % num_parts, num_parts))
+            start, end = part_of_blocks(end, batch % num_parts, num_parts)
         return start, unmasked_start, unmasked_end, end
 
     def _of_parts(self, batch: Int32, num_parts: Int32 | None) -> Int32:
