@@ -19,7 +19,6 @@ with its reason. TFLOP/s from 2.5 · 2·B·H·Sq·Sk·(D + Dv) flops, halved whe
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 import warnings
@@ -36,7 +35,19 @@ import backward_cases  # noqa: E402
 from forward_cases import PLAIN, inputs  # noqa: E402
 from provenance import save  # noqa: E402
 from sm90_forward import CELLS as FORWARD_CELLS  # noqa: E402
-from sm90_forward import PEERS, Call, Cell, bench_ms, brief, ratio, square, summary, tables  # noqa: E402
+from sm90_forward import (  # noqa: E402
+    PEERS,
+    Call,
+    Cell,
+    bench_ms,
+    brief,
+    chosen_cells,
+    command_line,
+    ratio,
+    square,
+    summary,
+    tables,
+)
 from sm90_forward import contenders as forward_contenders  # noqa: E402
 
 from fa_sdpa.kernels import launch  # noqa: E402
@@ -135,26 +146,11 @@ def measure(cell: Cell, group: str, chosen: dict[str, Prepare], only_prepare: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="JSON file to write")
-    parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = command_line(__doc__, CELLS)
     parser.add_argument("--plain", action="store_true", help="draw the cases from d64 and d128 without options")
-    parser.add_argument("--cells", nargs="*", default=["grid"], choices=CELLS, help="what to time; grid by default")
-    parser.add_argument("--head-dims", type=int, nargs="*", help="only the cells of these head dims")
-    parser.add_argument("--seqlens", type=int, nargs="*", help="only the cells of these lengths")
-    parser.add_argument("--only", nargs="*", default=[], choices=("ours", *PEERS), help="contenders to time")
-    parser.add_argument("--prepare", action="store_true", help="call everything once, time nothing")
-    parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
     kinds = PLAIN if args.plain else backward_cases.KINDS
-    cells = [
-        (group, cell)
-        for group in args.cells
-        for cell in CELLS[group]
-        if (args.head_dims is None or cell.head_dim in args.head_dims)
-        and (args.seqlens is None or cell.seqlen_q in args.seqlens)
-    ]
+    cells = chosen_cells(args, CELLS)
     if args.list_keys:
         drawn = [backward_cases.draw(args.seed, index, kinds) for index in range(args.cases)]
         drawn += [backward_cases.Drawn(cell.case, "as_out", True) for _, cell in cells]

@@ -29,7 +29,7 @@ import contextlib
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,27 +251,38 @@ def tables(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, groups: Mapping[str, list[Cell]]) -> argparse.ArgumentParser:
+    """What the SM90 benchmarks take, but for the kinds that cases are drawn from."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--breadth", action="store_true", help="draw the cases from every kind of call")
-    parser.add_argument("--cells", nargs="*", default=["grid"], choices=CELLS, help="what to time; grid by default")
+    parser.add_argument("--cells", nargs="*", default=["grid"], choices=groups, help="what to time; grid by default")
     parser.add_argument("--head-dims", type=int, nargs="*", help="only the cells of these head dims")
     parser.add_argument("--seqlens", type=int, nargs="*", help="only the cells of these query lengths")
     parser.add_argument("--only", nargs="*", default=[], choices=("ours", *PEERS), help="contenders to time")
     parser.add_argument("--prepare", action="store_true", help="call everything once, time nothing")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
-    args = parser.parse_args()
-    kinds = BREADTH if args.breadth else PLAIN
-    cells = [
+    return parser
+
+
+def chosen_cells(args: argparse.Namespace, groups: Mapping[str, list[Cell]]) -> list[tuple[str, Cell]]:
+    """(group, cell) of what the command line asks for."""
+    return [
         (group, cell)
         for group in args.cells
-        for cell in CELLS[group]
+        for cell in groups[group]
         if (args.head_dims is None or cell.head_dim in args.head_dims)
         and (args.seqlens is None or cell.seqlen_q in args.seqlens)
     ]
+
+
+def main() -> None:
+    parser = command_line(__doc__, CELLS)
+    parser.add_argument("--breadth", action="store_true", help="draw the cases from every kind of call")
+    args = parser.parse_args()
+    kinds = BREADTH if args.breadth else PLAIN
+    cells = chosen_cells(args, CELLS)
     if args.list_keys:
         cases = [random_case(args.seed, index, kinds) for index in range(args.cases)]
         return print("\n".join(key.name for key in keys_of([*cases, REPEATED, *(cell.case for _, cell in cells)])))
