@@ -34,6 +34,16 @@ pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 fwd = torch.ops.fa4.attention_fwd
 
 
+OPTIONS = (
+    {"is_causal": True, "bottom_right": True},
+    {"window_left": 60, "window_right": 10},
+    {"window_left": 0, "bottom_right": True, "is_causal": True},
+    {"window_right": 200},
+    {"softcap": 20.0, "is_causal": True},
+    {"softcap": 5.0, "window_left": 130, "window_right": 0, "bottom_right": True},
+)
+
+
 def inputs(batch=2, heads=4, heads_kv=2, sq=257, sk=257, d=64, dv=None, dtype=torch.bfloat16, requires_grad=False):
     """BSHD memory seen as BHSD."""
     sizes = ((batch, sq, heads, d), (batch, sk, heads_kv, d), (batch, sk, heads_kv, dv or d))
@@ -74,14 +84,7 @@ def test_head_dims(d, dv, is_causal):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"is_causal": True, "bottom_right": True},
-        {"window_left": 60, "window_right": 10},
-        {"window_left": 0, "bottom_right": True, "is_causal": True},
-        {"window_right": 200},
-        {"softcap": 20.0, "is_causal": True},
-        {"softcap": 5.0, "window_left": 130, "window_right": 0, "bottom_right": True},
-    ],
+    OPTIONS,
     ids=str,
 )
 @pytest.mark.parametrize("has_sink", [False, True], ids=["", "sink"])

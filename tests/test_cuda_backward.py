@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cuda import inputs, lacking
+from test_cuda import OPTIONS, inputs, lacking
 from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -71,14 +71,7 @@ def test_head_dims(d, dv, is_causal):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"is_causal": True, "bottom_right": True},
-        {"window_left": 60, "window_right": 10},
-        {"window_left": 0, "bottom_right": True, "is_causal": True},
-        {"window_right": 200},
-        {"softcap": 20.0, "is_causal": True},
-        {"softcap": 5.0, "window_left": 130, "window_right": 0, "bottom_right": True},
-    ],
+    OPTIONS,
     ids=str,
 )
 @pytest.mark.parametrize(("sq", "sk"), [(300, 513), (513, 300)])

@@ -18,19 +18,11 @@ fwd, bwd = torch.ops.fa4.attention_fwd, torch.ops.fa4.attention_bwd
 
 
 @pytest.fixture
-def routed(monkeypatch):
+def routed(through_op):
     """Routing is on; the calls that go through the op."""
-    calls: list[object] = []
-    op = router._fa4
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(router, "_fa4", counted)
     router._forget_decisions()
     with fa_sdpa.enable("always"):
-        yield calls
+        yield through_op
     router._forget_decisions()
 
 

@@ -8,6 +8,7 @@ import timeit
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import counted_calls
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -38,20 +39,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def through_op(monkeypatch):
-    """The calls that the router makes through the op."""
-    calls: list[object] = []
-    op = router._fa4
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(router, "_fa4", counted)
-    return calls
 
 
 def qkv(*shape, dtype=torch.float32, requires_grad=False):
@@ -217,15 +204,7 @@ def test_calls_in_turns(through_op):
 @pytest.fixture
 def backward_through_op(monkeypatch):
     """The backward calls that are made through the op."""
-    calls: list[object] = []
-    op = attention._bwd
-
-    def counted(*args, **kwargs):
-        calls.append(args)
-        return op(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "_bwd", counted)
-    return calls
+    return counted_calls(monkeypatch, attention, "_bwd")
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)])
