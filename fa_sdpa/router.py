@@ -89,7 +89,8 @@ _undisturbed, _is_grad_enabled, _is_deterministic = (
     private.is_grad_enabled,
     private.is_deterministic,
 )
-_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
+_KEYSET = private.KEYSET
+_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``; wants _KEYSET first
 
 
 def take_native_kernel() -> None:
@@ -111,37 +112,51 @@ def sdpa(
     token = thread.token or process.token
     if token != OFF:
         alike = _calls.latest.next
-        run = alike.run
-        foreseen = (
-            not (query.is_nested or key.is_nested or value.is_nested)
-            and alike.same(query, key, value)
-            and alike.facts  # == _facts(token, …), but here the call of a function counts
-            == (
-                token,
-                attn_mask if attn_mask is None else attn_mask.dtype,
-                dropout_p,
-                is_causal,
-                tuple(named.items()) if named else (),
-                _is_grad_enabled(),
-                _is_deterministic(),
-            )
+        foreseen = alike.same(query, key, value) and alike.facts == (  # _facts(…), but here the call of it counts
+            token,
+            attn_mask if attn_mask is None else attn_mask.dtype,
+            dropout_p,
+            is_causal,
+            tuple(named.items()) if named else (),
+            _is_grad_enabled(),
+            _is_deterministic(),
         )
-        if foreseen and run is None:
+        if foreseen and alike.run is None:
             _calls.latest = alike
             alike.tick()
         elif foreseen and _undisturbed():
             _calls.latest = alike
             alike.tick()
-            return run(query, key, value)  # type: ignore[misc]
+            return alike.run(query, key, value)  # type: ignore[misc]
         else:
             out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
             if out is not None:
                 return out
     if named or is_causal or dropout_p:
-        return _native(query, key, value, attn_mask, dropout_p, is_causal, **named)
+        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
     if attn_mask is None:  # fewer arguments cost less
-        return _native(query, key, value)
-    return _native(query, key, value, attn_mask)
+        return _native(_KEYSET, query, key, value)
+    return _native(_KEYSET, query, key, value, attn_mask)
+
+
+def sdpa_of_nested(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **named: Any,
+) -> Tensor:
+    """The same where a tensor is nested, which must not come to the check of those that are alike: it would end the
+    process."""
+    token = thread.token or process.token
+    out = None
+    if token != OFF:
+        out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
+    if out is None:
+        out = _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
+    return out
 
 
 def _facts(
