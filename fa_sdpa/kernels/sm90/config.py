@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -224,9 +224,17 @@ class BackwardConfig:
         return self.head_dim_mma if at_once else self.head_dim_smem
 
     @property
-    def scratch_per_block(self) -> int:
-        """fp32 elements of scratch memory for each block of tile_m query rows: lse and δ, and the sums of dQ."""
-        return 2 * self.tile_m + self.tile_m * self.dq_columns
+    def adders(self) -> int:
+        """Warps of a CTA that add dQ to its sums, each its share of every block: two of their own, or dQ's
+        warpgroup."""
+        return 2 if self.stages_dq else 4
+
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int, deterministic: bool) -> int:
+        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
+        ring_blocks = slots * group * blocks
+        counters = 1 + 2 * slots + (self.adders * ring_blocks if deterministic else 0)
+        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
 
     @property
     def stages_dq(self) -> bool:
@@ -418,6 +426,55 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
 
 
+class Schedule(NamedTuple):
+    """How the backward orders its work; groups, sections, lag and slots as in backward_order.py."""
+
+    section: int  # groups
+    sections: int
+    lag: int  # sections
+    slots: int  # groups
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_schedule(groups: int, tiles: int, longest_first: bool, num_sms: int) -> Schedule:
+    """Order of ``groups`` key/value heads with ``tiles`` tiles of keys each.
+
+    What a slot holds was added up by tiles that were taken about a wave of CTAs before it is converted, and it is
+    converted some time before it is needed again. Longest first, a section is half a wave, and the last one has up to
+    twice as many groups, for balance at the end. For speed only, but for ``slots``, which must be at least
+    lag · section groups, and the groups of a section more.
+    """
+    if longest_first:
+        section, margin = max(1, num_sms // (2 * tiles)), 0
+        # The longest tile takes twice the mean: as many tiles as two waves have, and a group's sums are complete.
+        lag, sections = -(-194 * num_sms // (100 * section * tiles)), max(1, -(-groups // section) - 1)
+    else:
+        section, sections = 1, groups
+        lag, margin = -(-5 * num_sms // (4 * tiles)), -(-2 * num_sms // (5 * tiles))
+    last = groups - (sections - 1) * section
+    return Schedule(section, sections, lag, min(groups, lag * section + max(section, last) + margin))
+
+
+def backward_heads(heads: int, heads_kv: int, tiles: int, blocks: int, longest_first: bool, num_sms: int) -> int:
+    """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
+    a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
+    gradients of a key/value head are then added up.
+
+    More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
+    the longest tile takes twice the mean; without one, if the last wave is less than 3/4 of what it could be. And only
+    for tiles of some 50 µs: that takes four launches more.
+    """
+    group = heads // heads_kv
+    if group * blocks < 32:
+        return heads_kv
+    for split in (split for split in range(1, group + 1) if group % split == 0):
+        count = heads_kv * split * tiles
+        waves = -(-count // num_sms)
+        if count >= 2 * num_sms if longest_first else 4 * count >= 3 * waves * num_sms:
+            return heads_kv * split
+    return heads
+
+
 @functools.cache
 def backward_key(
     dtype: torch.dtype,
@@ -427,10 +484,11 @@ def backward_key(
     *,
     window: bool = False,
     softcap: bool = False,
+    deterministic: bool = False,
 ) -> KernelKey:
     """Key of the backward kernel for what decides its code."""
     config = backward_config(head_dim, head_dim_v, softcap)
-    return _key("backward", dtype, is_causal, config, window=window, softcap=softcap)
+    return _key("backward", dtype, is_causal, config, window=window, softcap=softcap, deterministic=deterministic)
 
 
 def _key(
@@ -467,8 +525,6 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
     if not math.isfinite(spec.softcap):
         reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
-    if spec.needs_grad and spec.deterministic:
-        reasons.append(Reason("nondeterministic", "dq is added up in no fixed order, and deterministic mode is on"))
     if not spec.last_dim_contiguous:
         reasons.append(Reason("strides", "query, key and value must be contiguous in their last dimension"))
     smem = target.smem_per_block
