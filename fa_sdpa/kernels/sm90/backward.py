@@ -104,14 +104,16 @@ from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import (
     THREADS,
     WARPGROUP,
+    Rows,
     Scratch,
     await_count,
     count_up,
     end_turn,
-    prepare,
+    prepare_rows,
+    reset,
     split_scratch,
 )
-from .config import BackwardConfig, round_up
+from .config import ROW_STAGES, BackwardConfig, round_up
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
@@ -128,6 +130,7 @@ class Pipelines(NamedTuple):
     ds_empty: cute.Pointer
     p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
     p_empty: cute.Pointer | None
+    rows: cute.Pointer  # mbarriers, one per stage
     units: Queue
 
 
@@ -142,6 +145,8 @@ class Smem(NamedTuple):
     p: cute.Tensor | None  # (8, WARPGROUP, values / 8 of a thread), 16 bit, not swizzled, where products are shared
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
+    rows_o: cute.Tensor  # (rows, width_v, ROW_STAGES), not swizzled
+    rows_do: cute.Tensor
 
 
 class Layouts(NamedTuple):
@@ -245,13 +250,14 @@ class Backward(Roles):
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
         self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
-        self.stores_by_tma = config.stores_by_tma
+        self.stores_by_tma, self.rows_at_once = config.stores_by_tma, config.rows_at_once
         self.dk_columns, self.dv_columns = (
             columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
         )
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
         self.deterministic, self.adders = key.deterministic, config.adders
+        self.interleaved = key.is_causal or key.window or key.deterministic
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
         self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
@@ -266,6 +272,10 @@ class Backward(Roles):
             dk=smem_layout(self.dtype, 64, self.head_dim, 1),
             dv=smem_layout(self.dtype, 64, self.head_dim_v, 1),
         )
+
+    def _row_layout(self) -> cute.Layout:
+        shape = (self.rows_at_once, self.width_v, ROW_STAGES)
+        return cute.make_ordered_layout(shape, order=(1, 0, 2))
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
         """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
@@ -296,6 +306,7 @@ class Backward(Roles):
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
             p_full: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
             p_empty: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
+            rows: cute.struct.MemRange[cutlass.Int64, ROW_STAGES]
             units_full: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units_empty: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units: cute.struct.MemRange[Int32, FIELDS * ENTRIES]
@@ -310,6 +321,8 @@ class Backward(Roles):
                 cute.struct.MemRange[self.dtype, 0 if self.splits_keys else self.tile_m * self.tile_n], 1024
             ]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
+            rows_o: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(self._row_layout())], 128]
+            rows_do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(self._row_layout())], 128]
 
         return SharedStorage
 
@@ -361,24 +374,31 @@ class Backward(Roles):
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
         heads_kv = mK.shape[1]
         group = heads // heads_kv
+        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
         scratch = split_scratch(
             mScratch,
             Int64(blocks * heads * batch),
             Int64(slots * group * blocks),
+            groups,
             slots,
             self.tile_m,
             self.dq_values,
             self.adders if self.deterministic else None,
         )
-        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(
-            grid=[blocks * heads * batch, 1, 1], block=[THREADS, 1, 1], stream=stream
+        reset(scratch.counters).launch(
+            grid=[cute.ceil_div(cute.size(scratch.counters), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
         )
-        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        row_layout = cute.select(self._row_layout(), mode=[0, 1])
+        (load_o, gO), (load_do, gdO) = (
+            cpasync.make_tiled_tma_atom(load, s_d_h_b(tensor), row_layout, (self.rows_at_once, self.width_v))
+            for tensor in (mO, mdO)
+        )
         parts = cute.ceil_div(blocks * group, PART_BLOCKS)
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
             Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ)),
+            Rows(load_o, load_do, gO, gdO, mLSE),
             scratch,
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
@@ -398,6 +418,7 @@ class Backward(Roles):
         self,
         atoms: Atoms,
         gmem: Gmem,
+        rows: Rows,
         scratch: Scratch,
         scoring: Scoring,
         mmas: Mmas,
@@ -427,6 +448,8 @@ class Backward(Roles):
             None if self.splits_keys else storage.sP.get_tensor(exchanged),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
+            storage.rows_o.get_tensor(self._row_layout()),
+            storage.rows_do.get_tensor(self._row_layout()),
         )
         width = self.dtype.width // 8
         # Warps that read K, V and both of Q and dO, that write dS and that read it.
@@ -443,6 +466,7 @@ class Backward(Roles):
             storage.ds_empty.data_ptr(),
             None if self.splits_keys else storage.p_full.data_ptr(),
             None if self.splits_keys else storage.p_empty.data_ptr(),
+            storage.rows.data_ptr(),
             Queue(
                 storage.units.get_tensor(cute.make_layout((FIELDS, ENTRIES))),
                 storage.units_full.data_ptr(),
@@ -458,6 +482,8 @@ class Backward(Roles):
                 if cutlass.const_expr(not self.splits_keys):
                     cute.arch.mbarrier_init(pipelines.p_full, writing)
                     cute.arch.mbarrier_init(pipelines.p_empty, writing)
+                for i in cutlass.range_constexpr(ROW_STAGES):
+                    cute.arch.mbarrier_init(pipelines.rows + i, 1)
                 for i in cutlass.range_constexpr(ENTRIES):
                     cute.arch.mbarrier_init(pipelines.units.full + i, 1)
                     cute.arch.mbarrier_init(pipelines.units.empty + i, main + dq + 2 * self.stages_dq)
@@ -465,7 +491,7 @@ class Backward(Roles):
                     pipelines.units.turns[i] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
+        cute.arch.griddepcontrol_wait()  # for what `reset` wrote
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
@@ -485,6 +511,8 @@ class Backward(Roles):
                         qhead_per_kvhead,
                         warp_idx - 1,
                     )
+            if warp_idx == 3:
+                prepare_rows(rows, smem.rows_o, smem.rows_do, pipelines.rows, scratch, qhead_per_kvhead, self.tile_m)
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
                 cute.arch.setmaxregister_increase(self.mma_registers)
@@ -552,18 +580,19 @@ class Backward(Roles):
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        longest_first = self.is_causal or self.has_window
         turn, tile = Int32(0), Int32(0)
-        unit = take_unit(scratch.next_unit.iterator, order, longest_first)
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
                 gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                self._await_rows(unit, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
-                    m_block, head = end - 1 - i // qhead_per_kvhead, unit.head * qhead_per_kvhead + i % qhead_per_kvhead
+                    m_block = self._visited(total - 1 - i, start, end, qhead_per_kvhead)
+                    head = unit.head * qhead_per_kvhead + i % qhead_per_kvhead
                     gQ, gdO = gmem.q[None, None, head, unit.batch], gmem.do[None, None, head, unit.batch]
                     load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
                     with cute.arch.elect_one():
@@ -582,8 +611,33 @@ class Backward(Roles):
                 kv_state.advance()
                 tile += 1
             turn += 1
-            unit = take_unit(scratch.next_unit.iterator, order, longest_first)
+            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
             put_unit(pipelines.units, turn, unit, tile)
+
+    @cute.jit
+    def _visited(self, left: Int32, start: Int32, end: Int32, qhead_per_kvhead: Int32) -> Int32:
+        """The query block that a tile visits before the last ``left`` ones, heads counted singly."""
+        if cutlass.const_expr(self.deterministic):
+            return end - 1 - left // qhead_per_kvhead
+        return start + left // qhead_per_kvhead
+
+    @cute.jit
+    def _masked(self, blocks: tuple[Int32, Int32, Int32, Int32], qhead_per_kvhead: Int32) -> tuple[Int32, Int32]:
+        """How many visits are left of a tile after those at its beginning that need a mask, and how many need one at
+        its end. ``blocks``: see query_blocks."""
+        start, unmasked_start, unmasked_end, end = blocks
+        if cutlass.const_expr(not self.has_window):
+            unmasked_end = end
+        if cutlass.const_expr(self.deterministic):
+            return (end - unmasked_start) * qhead_per_kvhead, (end - unmasked_end) * qhead_per_kvhead
+        return (unmasked_end - start) * qhead_per_kvhead, (unmasked_start - start) * qhead_per_kvhead
+
+    @cute.jit
+    def _await_rows(self, unit: Unit, gmem: Gmem, scratch: Scratch) -> None:
+        """Wait until the rows of a tile's group are prepared, and its first slot is zero."""
+        heads_kv = gmem.k.shape[2]
+        rows = cute.ceil_div(gmem.q.shape[0], self.tile_m) * (gmem.q.shape[2] // heads_kv)
+        await_count(scratch.prepared.iterator + (unit.batch * heads_kv + unit.head), rows)
 
     @cute.jit
     def add_dq(
@@ -607,20 +661,28 @@ class Backward(Roles):
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                previous_end = self._previous_end(unit, gmem, window)
-                await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
-                for i in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
-                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
-                    target = self._position(i, unit, end, previous_end, order, qhead_per_kvhead, gmem, scratch, wg)
+                next_start = self._next_start(unit, gmem, window)
+                self._await_slot(unit, order, gmem, scratch)
+                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                for i in cutlass.range(total, unroll=1):
+                    where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
+                    target = self._position(i, *where, wg)
                     if cutlass.const_expr(self.deterministic):
                         await_count(target.turn, target.awaited)
+                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
                     with cute.arch.elect_one():
                         sums = scratch.sums[None, 0, 0, wg, target.block].iterator
                         bulk_add(sums, source, 4 * WARPGROUP * self.dq_values)
                     self._release_dq(wg)
                     if cutlass.const_expr(self.deterministic):
+                        if i > 0:  # a block late, as it takes as long as a block until it is added
+                            cute.arch.cp_async_bulk_wait_group(1)
+                            end_turn(last, target.handed_on)
+                        last = target.turn
+                if cutlass.const_expr(self.deterministic):
+                    if total > 0:
                         cute.arch.cp_async_bulk_wait_group(0)
-                        end_turn(target.turn, target.handed_on)
+                        end_turn(last, self._turn(unit, order) + 1)
                 if cutlass.const_expr(self.stores_by_tma):
                     row_block = unit.index * 2 + wg
                     for atom, mX, layout in (
@@ -652,21 +714,35 @@ class Backward(Roles):
         return unit.generation * order.parts * (THREADS // 32)
 
     @cute.jit
-    def _previous_end(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
-        """The tile before adds to those query blocks of this one that are before this. (Their ranges never fall.)"""
-        previous_end = Int32(0)
+    def _await_slot(self, unit: Unit, order: Order, gmem: Gmem, scratch: Scratch) -> None:
+        """Wait until a tile's group has its slot of the ring, and it is zero."""
+        self._await_rows(unit, gmem, scratch)
+        await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
+
+    @cute.jit
+    def _next_start(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
+        """The tile of the next keys, which comes first, adds to those query blocks of this one that are not before
+        this. (Neither start nor end of their ranges ever falls.)"""
+        next_start = Int32(0)
         if cutlass.const_expr(self.deterministic):
-            if unit.index > 0:
-                _, _, _, previous_end = self._query_blocks(unit.index - 1, gmem, window)
-        return previous_end
+            next_start = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+            if (unit.index + 1) * self.tile_n < gmem.k.shape[0]:
+                next_start, _, _, _ = self._query_blocks(unit.index + 1, gmem, window)
+        return next_start
+
+    @cute.jit
+    def _turn(self, unit: Unit, order: Order) -> Int32:
+        """In deterministic mode, how many tiles before this one add to its slot."""
+        return unit.generation * order.tiles + order.tiles - 1 - unit.index
 
     @cute.jit
     def _position(
         self,
         index: Int32,  # of a block of the tile, in the order in which they are visited
         unit: Unit,
-        end: Int32,  # of the tile's query blocks
-        previous_end: Int32,
+        start: Int32,  # of the tile's query blocks
+        end: Int32,
+        next_start: Int32,
         order: Order,
         qhead_per_kvhead: Int32,
         gmem: Gmem,
@@ -675,13 +751,12 @@ class Backward(Roles):
     ) -> Additions:
         """Where dQ of that block goes."""
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        m_block = end - 1 - index // qhead_per_kvhead
+        m_block = self._visited((end - start) * qhead_per_kvhead - 1 - index, start, end, qhead_per_kvhead)
         block = Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
         if cutlass.const_expr(not self.deterministic):
             return Additions(block, None, Int32(0), Int32(0))
-        before = unit.generation * order.tiles + unit.index
-        awaited = Int32(0)
-        if m_block < previous_end:
+        before, awaited = self._turn(unit, order), Int32(0)
+        if m_block >= next_start:
             awaited = before
         turn = scratch.turns.iterator + cute.crd2idx((adder, block), scratch.turns.layout)
         return Additions(block, turn, awaited, before + 1)
@@ -784,9 +859,9 @@ class Backward(Roles):
         wg = place.wg
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
-        if cutlass.const_expr(not self.has_window):
-            unmasked_end = end
+        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        start, _, _, end = query_range
+        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = unit.index * self.tile_n + self._row(wg), self._join_group(unit, gmem)
         total = (end - start) * qhead_per_kvhead
         left = total
@@ -800,22 +875,24 @@ class Backward(Roles):
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
         # Of a tile's blocks, each for all heads of the group, ``left`` tells which one it is, and whether it is masked.
-        if cutlass.const_expr(self.has_window):
-            while left > (unmasked_end - start) * qhead_per_kvhead:
+        if cutlass.const_expr(self.has_window or self.deterministic):
+            while left > unmasked:
                 left -= 1
-                limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
                 self._block(context, q_state, left == total - 1, left, limits)
                 q_state.advance()
-        masked = (unmasked_start - start) * qhead_per_kvhead
         while left > masked:
             left -= 1
             self._block(context, q_state, left == total - 1, left, None)
             q_state.advance()
-        while left > 0:
-            left -= 1
-            limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
-            self._block(context, q_state, left == total - 1, left, limits)
-            q_state.advance()
+        if cutlass.const_expr(self.has_window or not self.deterministic):
+            while left > 0:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._block(context, q_state, left == total - 1, left, limits)
+                q_state.advance()
         if cutlass.const_expr(not self.has_dq_warpgroup):
             if total > 0:
                 cute.arch.mbarrier_wait(pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index))

@@ -11,7 +11,7 @@ from cutlass import Boolean, Float32, Int32, Int64
 
 from ..common.fragments import pack_pair, read_thread_idx, transpose_in_quad
 from .backward_order import PART_BLOCKS, Unit
-from .backward_rows import WARPGROUP, Scratch, zero_block
+from .backward_rows import WARPGROUP, Scratch, zero_sums
 
 CONVERT_REGISTERS = 128  # of an MMA thread, for sums that are loaded at a time
 
@@ -56,7 +56,7 @@ def convert(
         for b in cutlass.range_constexpr(batch):
             block = first + b
             if unit.is_reused == 1 and block < per_slot:
-                zero_block(scratch, Int64(unit.slot * per_slot + block), tidx)
+                zero_sums(scratch, Int64(unit.slot * per_slot + block), thread, wg)
             head = unit.head * qhead_per_kvhead + block // blocks
             row = block % blocks * tile_m + first_row
             for r in cutlass.range_constexpr(2):

@@ -66,7 +66,12 @@ FIELDS = len(Unit._fields) + 1
 
 
 @cute.jit
-def find_unit(index: Int32, order: Order, longest_first: cutlass.Constexpr[bool]) -> Unit:
+def find_unit(
+    index: Int32,
+    order: Order,
+    interleaved: cutlass.Constexpr[bool],  # tile by tile over the groups of a section, not group by group
+    falling: cutlass.Constexpr[bool],  # the last tile of a group first
+) -> Unit:
     """Unit of an index; its kind is END from order.groups · (order.tiles + order.parts) on."""
     groups, tiles, parts, section, sections = order.groups, order.tiles, order.parts, order.section, order.sections
     full = section * tiles  # tiles of a section other than the last
@@ -110,8 +115,10 @@ def find_unit(index: Int32, order: Order, longest_first: cutlass.Constexpr[bool]
             width = groups - first
         position -= of_section * full
         group, item = first + position // tiles, position % tiles
-        if cutlass.const_expr(longest_first):
+        if cutlass.const_expr(interleaved):
             group, item = first + position % width, position // width
+        if cutlass.const_expr(falling):
+            item = tiles - 1 - item
     if group >= groups:
         kind = Int32(END)
     generation = group // order.slots
@@ -159,9 +166,17 @@ def get_unit(queue: Queue) -> tuple[Unit, Int32]:
 
 
 @cute.jit
-def take_unit(counter: cute.Pointer, order: Order, longest_first: cutlass.Constexpr[bool]) -> Unit:
+def take_unit(
+    counter: cute.Pointer, order: Order, interleaved: cutlass.Constexpr[bool], falling: cutlass.Constexpr[bool]
+) -> Unit:
     """The next unit of all, for the calling warp."""
+    return find_unit(take(counter), order, interleaved, falling)
+
+
+@cute.jit
+def take(counter: cute.Pointer) -> Int32:
+    """What a counter has, for the calling warp; the next one gets one more."""
     index = Int32(0)
     if cute.arch.lane_idx() == 0:
         index = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
-    return find_unit(cute.arch.shuffle_sync(index, 0), order, longest_first)
+    return cute.arch.shuffle_sync(index, 0)

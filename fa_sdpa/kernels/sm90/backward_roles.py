@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, pipeline
+from cutlass import Boolean, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..common import fragments, softmax
@@ -102,21 +102,26 @@ class Roles:
             if unit.kind == MULTIPLY:
                 kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                previous_end = Int32(0)
+                next_start = self._next_start(unit, gmem, window)
                 if cutlass.const_expr(not self.stages_dq):
-                    previous_end = self._previous_end(unit, gmem, window)
-                    await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
+                    self._await_slot(unit, order, gmem, scratch)
                 pipelines.k.consumer_wait(kv_state)
-                for i in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
+                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                for i in cutlass.range(total, unroll=1):
                     target = None
                     if cutlass.const_expr(not self.stages_dq):
-                        where = unit, end, previous_end, order, qhead_per_kvhead, gmem, scratch
+                        where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
                         target = self._position(i, *where, adder)
                     cute.arch.mbarrier_wait(pipelines.ds_full + state.index, state.phase)
                     tQrdS_stage = tQrdS[None, None, None, state.index]
-                    self._dq_of_block(mmas, tQrdS_stage, tQrK, scratch, smem, pipelines, state, target)
+                    self._dq_of_block(mmas, tQrdS_stage, tQrK, scratch, smem, pipelines, state, target, last, i > 0)
+                    if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                        last = target.turn
                     state.advance()
                 pipelines.k.consumer_release(kv_state)
+                if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                    if total > 0:
+                        end_turn(last, self._turn(unit, order) + 1)
                 if cutlass.const_expr(not self.stages_dq):
                     count_up(scratch.added.iterator + unit.slot)
             unit, tile = get_unit(pipelines.units)
@@ -132,6 +137,8 @@ class Roles:
         pipelines: "Pipelines",
         state: pipeline.PipelineState,  # of dS
         target: "Additions | None",  # None: other warps add it
+        last: cute.Pointer,  # in deterministic mode, the turn to hand on, of the block before
+        has_last: Boolean,
     ) -> None:
         """dQ, dq_chunk columns at a time."""
         chunks = self.dq_columns // self.dq_chunk
@@ -146,12 +153,12 @@ class Roles:
                 self._stage_chunk(acc, c, smem)
             else:
                 if cutlass.const_expr(self.deterministic and c == 0):
+                    if has_last:  # a block late, as it takes as long as a product until it is added
+                        end_turn(last, target.handed_on)
                     await_count(target.turn, target.awaited)
                 first, thread = c * cute.size(acc), cute.arch.thread_idx()[0] % WARPGROUP
                 group, part = first % self.dq_values // 4, first // self.dq_values
                 add_fragment(scratch.sums[None, thread, group, part, target.block].iterator, acc, WARPGROUP)
-        if cutlass.const_expr(not self.stages_dq and self.deterministic):
-            end_turn(target.turn, target.handed_on)
 
     @cute.jit
     def _stage_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem") -> None:
@@ -214,9 +221,9 @@ class Roles:
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        start, unmasked_start, unmasked_end, end = self._query_blocks(unit.index, gmem, scoring.window)
-        if cutlass.const_expr(not self.has_window):
-            unmasked_end = end
+        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        start, _, _, end = query_range
+        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
@@ -225,22 +232,24 @@ class Roles:
             pipelines.q.consumer_wait(state)
         self._issue_scores(mmas, regs, state)
         regs.acc_dV.fill(0.0)
-        if cutlass.const_expr(self.has_window):
-            while left > (unmasked_end - start) * qhead_per_kvhead:
+        if cutlass.const_expr(self.has_window or self.deterministic):
+            while left > unmasked:
                 left -= 1
-                limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
                 self._score_block(context, state, left, limits)
                 state.advance()
-        masked = (unmasked_start - start) * qhead_per_kvhead
         while left > masked:
             left -= 1
             self._score_block(context, state, left, None)
             state.advance()
-        while left > 0:
-            left -= 1
-            limits = self._limits(first_key, start + left // qhead_per_kvhead, place, seqlen_k, scoring.window)
-            self._score_block(context, state, left, limits)
-            state.advance()
+        if cutlass.const_expr(self.has_window or not self.deterministic):
+            while left > 0:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._score_block(context, state, left, limits)
+                state.advance()
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
         head, batch = self._split_group(group, gmem)
