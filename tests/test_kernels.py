@@ -296,58 +296,63 @@ def test_query_heads_are_packed_for_one_query_that_nothing_tells_apart():
 # ---- the backward's order --------------------------------------------------------------------------------------------
 
 
-def units_of(heads, batch, tiles, parts, longest_first, num_sms):
+def units_of(heads, batch, tiles, parts, is_masked, deterministic, num_sms):
     """Schedule and units of a launch in their order, found as the kernel finds them, with Python's integers."""
     needs_compiler()
     from fa_sdpa.kernels.sm90 import backward_order
 
     groups = heads * batch
-    schedule = config.backward_schedule(groups, tiles, longest_first, num_sms)
-    section, sections, lag, slots = schedule
-    order = backward_order.Order(heads, groups, tiles, parts, section, sections, lag, slots)
+    schedule = config.backward_schedule(groups, tiles, 2 * tiles, is_masked, deterministic, num_sms)
+    section, sections, ahead, lag, slots = schedule
+    order = backward_order.Order(heads, groups, tiles, parts, section, sections, ahead, lag, slots)
+    count = ahead * parts + groups * (tiles + 2 * parts) + lag * parts
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward_order, "Int32", int)
+        patch.setattr(backward_order, "Int64", int)
         find = backward_order.find_unit.__wrapped__
-        units = [find(i, order, longest_first) for i in range(groups * (tiles + parts) + 3)]
+        units = [find(i, order, is_masked or deterministic, deterministic) for i in range(count + 3)]
     assert [unit.kind for unit in units[-3:]] == [backward_order.END] * 3
     return schedule, units[:-3]
 
 
-@pytest.mark.parametrize("longest_first", [False, True])
+@pytest.mark.parametrize("mode", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("num_sms", [1, 2, 7, 132])
-def test_every_unit_comes_once_and_waits_only_for_earlier_ones(longest_first, num_sms):
-    from fa_sdpa.kernels.sm90.backward_order import CONVERT, MULTIPLY
+def test_every_unit_comes_once_and_waits_only_for_earlier_ones(mode, num_sms):
+    from fa_sdpa.kernels.sm90.backward_order import CONVERT, MULTIPLY, NONE, PREPARE
 
-    sizes = itertools.product((1, 2, 7, 16), (1, 3, 5), (1, 2, 3, 8, 17), (1, 2, 5))
-    for heads, batch, tiles, parts in [*sizes, (16, 32, 4, 4), (4, 1, 64, 64)]:
-        schedule, units = units_of(heads, batch, tiles, parts, longest_first, num_sms)
-        groups = [unit.batch * heads + unit.head for unit in units]
+    sizes = itertools.product((1, 7), (1, 3, 5), (1, 2, 8, 17), (1, 2, 5))
+    for heads, batch, tiles, parts in [*sizes, (16, 8, 4, 4), (4, 1, 64, 64)]:
+        schedule, units = units_of(heads, batch, tiles, parts, *mode, num_sms)
+        units = [(unit.batch * heads + unit.head, unit) for unit in units if unit.kind != NONE]
         first, last = {}, {}
-        for i, (group, unit) in enumerate(zip(groups, units, strict=True)):
+        for i, (group, unit) in enumerate(units):
             assert unit.slot == group % schedule.slots and unit.generation == group // schedule.slots
             assert unit.is_reused == (group + schedule.slots < heads * batch)
             first.setdefault((group, unit.kind), i)
             last[group, unit.kind] = i
-        expected = itertools.product(range(heads * batch), ((MULTIPLY, tiles), (CONVERT, parts)))
-        assert sorted((g, u.kind, u.index) for g, u in zip(groups, units, strict=True)) == [
+        counts = (PREPARE, parts), (MULTIPLY, tiles), (CONVERT, parts)
+        expected = itertools.product(range(heads * batch), counts)
+        assert sorted((group, unit.kind, unit.index) for group, unit in units) == sorted(
             (group, kind, index) for group, (kind, count) in expected for index in range(count)
-        ]
+        )
         for group in range(heads * batch):
+            assert last[group, PREPARE] < first[group, MULTIPLY]
             assert last[group, MULTIPLY] < first[group, CONVERT]  # sums are converted when they are complete
             if group >= schedule.slots:  # and are zero again before the slot's next user adds to them
                 assert last[group - schedule.slots, CONVERT] < first[group, MULTIPLY]
-        seen = {}
-        for group, unit in zip(groups, units, strict=True):  # in deterministic mode a tile waits for the one before it
-            if unit.kind == MULTIPLY:
-                assert unit.index == seen.get(group, -1) + 1
-                seen[group] = unit.index
+        if mode[1]:  # in deterministic mode a tile waits for the group's tile of the next keys
+            seen = {}
+            for group, unit in units:
+                if unit.kind == MULTIPLY:
+                    assert unit.index == seen.get(group, tiles) - 1
+                    seen[group] = unit.index
 
 
 def test_the_ring_stays_small():
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
-        for longest_first in (False, True):
+        for is_masked in (False, True):
             groups = 16384 // seqlen * 16
-            schedule = config.backward_schedule(groups, seqlen // 128, longest_first, 132)
+            schedule = config.backward_schedule(groups, seqlen // 128, seqlen // 64, is_masked, False, 132)
             assert schedule.slots * seqlen * 128 * 4 <= 40 << 20, (seqlen, schedule)
 
 

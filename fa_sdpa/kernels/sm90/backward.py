@@ -87,11 +87,13 @@ from ..common.mask import mask_left, mask_right
 from ..key import KernelKey
 from .backward_convert import convert
 from .backward_order import (
+    CONVERT,
     END,
     ENTRIES,
     FIELDS,
     MULTIPLY,
     PART_BLOCKS,
+    PREPARE,
     WARPS,
     Order,
     Queue,
@@ -104,17 +106,17 @@ from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import (
     THREADS,
     WARPGROUP,
-    Rows,
     Scratch,
     await_count,
     count_up,
     end_turn,
-    prepare_rows,
+    prepare,
     reset,
     split_scratch,
+    zero_sums,
 )
-from .config import ROW_STAGES, BackwardConfig, round_up
-from .tma import load_tile
+from .config import BackwardConfig, round_up
+from .tma import copy_tile, load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # named barriers, first of two each; barrier 0 is the CTA's
@@ -130,7 +132,6 @@ class Pipelines(NamedTuple):
     ds_empty: cute.Pointer
     p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
     p_empty: cute.Pointer | None
-    rows: cute.Pointer  # mbarriers, one per stage
     units: Queue
 
 
@@ -145,8 +146,8 @@ class Smem(NamedTuple):
     p: cute.Tensor | None  # (8, WARPGROUP, values / 8 of a thread), 16 bit, not swizzled, where products are shared
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
-    rows_o: cute.Tensor  # (rows, width_v, ROW_STAGES), not swizzled
-    rows_do: cute.Tensor
+    sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
+    o: cute.Tensor  # (tile_m, width_v, stages); where there is no room for it, where dO is
 
 
 class Layouts(NamedTuple):
@@ -166,9 +167,11 @@ class Gmem(NamedTuple):
     v: cute.Tensor  # (s_k, dv, h_kv, b)
     q: cute.Tensor  # (s_q, d, h, b)
     do: cute.Tensor  # (s_q, dv, h, b)
+    o: cute.Tensor  # (s_q, dv, h, b)
     dk: cute.Tensor  # (s_k, d, h_kv, b)
     dv: cute.Tensor  # (s_k, dv, h_kv, b)
     dq: cute.Tensor  # (s_q, d, h, b) in memory
+    lse: cute.Tensor  # (b, h, s_q) fp32 in memory
 
 
 class Atoms(NamedTuple):
@@ -178,6 +181,7 @@ class Atoms(NamedTuple):
     v: cute.CopyAtom
     q: cute.CopyAtom
     do: cute.CopyAtom
+    o: cute.CopyAtom
     dk: cute.CopyAtom | None
     dv: cute.CopyAtom | None
 
@@ -250,7 +254,9 @@ class Backward(Roles):
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
         self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
-        self.stores_by_tma, self.rows_at_once = config.stores_by_tma, config.rows_at_once
+        self.stores_by_tma = config.stores_by_tma
+        # Half of the sums of dQ of a block fits where its dO does, and its O where Q does; else each has two stages.
+        self.splits_sums, self.splits_rows = self.dq_columns > self.width_v, self.width_v > self.width
         self.dk_columns, self.dv_columns = (
             columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
         )
@@ -272,10 +278,6 @@ class Backward(Roles):
             dk=smem_layout(self.dtype, 64, self.head_dim, 1),
             dv=smem_layout(self.dtype, 64, self.head_dim_v, 1),
         )
-
-    def _row_layout(self) -> cute.Layout:
-        shape = (self.rows_at_once, self.width_v, ROW_STAGES)
-        return cute.make_ordered_layout(shape, order=(1, 0, 2))
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
         """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
@@ -306,7 +308,6 @@ class Backward(Roles):
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
             p_full: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
             p_empty: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
-            rows: cute.struct.MemRange[cutlass.Int64, ROW_STAGES]
             units_full: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units_empty: cute.struct.MemRange[cutlass.Int64, ENTRIES]
             units: cute.struct.MemRange[Int32, FIELDS * ENTRIES]
@@ -321,8 +322,6 @@ class Backward(Roles):
                 cute.struct.MemRange[self.dtype, 0 if self.splits_keys else self.tile_m * self.tile_n], 1024
             ]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
-            rows_o: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(self._row_layout())], 128]
-            rows_do: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(self._row_layout())], 128]
 
         return SharedStorage
 
@@ -342,8 +341,9 @@ class Backward(Roles):
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
         num_sms: Int32,
-        section: Int32,  # this and the next three: see Order
+        section: Int32,  # this and the next four: see Order
         sections: Int32,
+        ahead: Int32,
         lag: Int32,
         slots: Int32,
         window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
@@ -365,6 +365,7 @@ class Backward(Roles):
                 (load, mV, layouts.v, self.tile_n, self.width_v),
                 (load, mQ, layouts.q, self.tile_m, self.width),
                 (load, mdO, layouts.do, self.tile_m, self.width_v),
+                (load, mO, layouts.do, self.tile_m, self.width_v),
                 (store, mdK, layouts.dk, 64, self.head_dim),
                 (store, mdV, layouts.dv, 64, self.head_dim_v),
             )
@@ -388,22 +389,16 @@ class Backward(Roles):
         reset(scratch.counters).launch(
             grid=[cute.ceil_div(cute.size(scratch.counters), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
         )
-        row_layout = cute.select(self._row_layout(), mode=[0, 1])
-        (load_o, gO), (load_do, gdO) = (
-            cpasync.make_tiled_tma_atom(load, s_d_h_b(tensor), row_layout, (self.rows_at_once, self.width_v))
-            for tensor in (mO, mdO)
-        )
         parts = cute.ceil_div(blocks * group, PART_BLOCKS)
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ)),
-            Rows(load_o, load_do, gO, gdO, mLSE),
+            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ), mLSE),
             scratch,
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
             layouts,
-            Order(heads_kv, groups, tiles, parts, section, sections, lag, slots),
+            Order(heads_kv, groups, tiles, parts, section, sections, ahead, lag, slots),
             group,
         ).launch(
             grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
@@ -418,7 +413,6 @@ class Backward(Roles):
         self,
         atoms: Atoms,
         gmem: Gmem,
-        rows: Rows,
         scratch: Scratch,
         scoring: Scoring,
         mmas: Mmas,
@@ -428,11 +422,12 @@ class Backward(Roles):
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms[: 6 if self.stores_by_tma else 4]:
+            for atom in atoms[: 7 if self.stores_by_tma else 5]:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
+        sums = cute.make_layout((4, WARPGROUP, self.dq_values // 4))
         exchanged = cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP)))
         smem = Smem(
             *(
@@ -448,8 +443,16 @@ class Backward(Roles):
             None if self.splits_keys else storage.sP.get_tensor(exchanged),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
-            storage.rows_o.get_tensor(self._row_layout()),
-            storage.rows_do.get_tensor(self._row_layout()),
+            tuple(
+                self._in_stages(buffer.data_ptr(), width, sums, None)
+                for buffer, width in ((storage.sQ, self.width), (storage.sdO, self.width_v))
+            ),
+            self._in_stages(
+                (storage.sdO if self.splits_rows else storage.sQ).data_ptr(),
+                self.width_v if self.splits_rows else self.width,
+                cute.select(layouts.do.outer, mode=[0, 1]),
+                layouts.do.inner,
+            ),
         )
         width = self.dtype.width // 8
         # Warps that read K, V and both of Q and dO, that write dS and that read it.
@@ -466,7 +469,6 @@ class Backward(Roles):
             storage.ds_empty.data_ptr(),
             None if self.splits_keys else storage.p_full.data_ptr(),
             None if self.splits_keys else storage.p_empty.data_ptr(),
-            storage.rows.data_ptr(),
             Queue(
                 storage.units.get_tensor(cute.make_layout((FIELDS, ENTRIES))),
                 storage.units_full.data_ptr(),
@@ -482,8 +484,6 @@ class Backward(Roles):
                 if cutlass.const_expr(not self.splits_keys):
                     cute.arch.mbarrier_init(pipelines.p_full, writing)
                     cute.arch.mbarrier_init(pipelines.p_empty, writing)
-                for i in cutlass.range_constexpr(ROW_STAGES):
-                    cute.arch.mbarrier_init(pipelines.rows + i, 1)
                 for i in cutlass.range_constexpr(ENTRIES):
                     cute.arch.mbarrier_init(pipelines.units.full + i, 1)
                     cute.arch.mbarrier_init(pipelines.units.empty + i, main + dq + 2 * self.stages_dq)
@@ -511,8 +511,6 @@ class Backward(Roles):
                         qhead_per_kvhead,
                         warp_idx - 1,
                     )
-            if warp_idx == 3:
-                prepare_rows(rows, smem.rows_o, smem.rows_do, pipelines.rows, scratch, qhead_per_kvhead, self.tile_m)
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
                 cute.arch.setmaxregister_increase(self.mma_registers)
@@ -528,6 +526,17 @@ class Backward(Roles):
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
             self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
+
+    def _in_stages(
+        self, start: cute.Pointer, width: int, layout: cute.Layout, swizzle: cute.Swizzle | None
+    ) -> cute.Tensor:
+        """Something else in the stages of Q or dO, as many columns wide: 16-bit values, swizzled, or else fp32."""
+        stride = self.tile_m * width
+        if swizzle is None:
+            start, stride = cute.recast_ptr(start, dtype=Float32), stride // 2
+        else:
+            start = cute.recast_ptr(start, swizzle, dtype=self.dtype)
+        return cute.make_tensor(start, cute.append(layout, cute.make_layout(self.stages, stride=stride)))
 
     def _pipeline(self, barriers, stages: int, num_bytes: int, warps: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to so many warps, of so many bytes a stage, filled-up zeros included."""
@@ -587,7 +596,7 @@ class Backward(Roles):
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
                 gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
-                self._await_rows(unit, gmem, scratch)
+                self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
@@ -610,9 +619,81 @@ class Backward(Roles):
                     load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
                 kv_state.advance()
                 tile += 1
+            elif unit.kind == CONVERT:
+                await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * self.adders)
+                self._load_sums(unit, gmem, scratch, smem, pipelines, q_state.clone(), qhead_per_kvhead)
+            elif unit.kind == PREPARE:
+                self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
             unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
             put_unit(pipelines.units, turn, unit, tile)
+
+    @cute.jit
+    def _load_sums(
+        self,
+        unit: Unit,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        state: pipeline.PipelineState,  # of Q and dO; theirs is the same afterwards
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Sums of the blocks of a unit, one half in Q's stage and the other in dO's, or each in a stage of Q's."""
+        per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
+        for b in cutlass.range(PART_BLOCKS, unroll=1):
+            block = Int64(unit.slot * per_slot + cutlass.min(unit.index * PART_BLOCKS + b, per_slot - 1))
+            for half in cutlass.range_constexpr(2):
+                in_do = half == 1 and not self.splits_sums
+                pipe, source = pipelines.do if in_do else pipelines.q, scratch.sums[None, None, None, half, block]
+                pipe.sync_object_empty.wait(state.index, state.phase)
+                with cute.arch.elect_one():
+                    full = pipe.producer_get_barrier(state)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, 4 * cute.size(source))
+                    cute.copy(
+                        cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
+                        cute.group_modes(source, 0, 3),
+                        cute.group_modes(smem.sums[in_do][None, None, None, state.index], 0, 3),
+                        mbar_ptr=full,
+                    )
+                if cutlass.const_expr(half == 1 or self.splits_sums):
+                    state.advance()
+
+    @cute.jit
+    def _load_rows(
+        self,
+        atoms: Atoms,
+        unit: Unit,
+        gmem: Gmem,
+        smem: Smem,
+        pipelines: Pipelines,
+        state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """O and dO of the blocks of a unit, O in Q's stage or in dO's before."""
+        for b in cutlass.range(PART_BLOCKS, unroll=1):
+            m_block, head, _ = self._block_of(unit, b, gmem, qhead_per_kvhead)
+            gO, gdO = (tensor[None, None, head, unit.batch] for tensor in (gmem.o, gmem.do))
+            if cutlass.const_expr(self.splits_rows):
+                load_tile(atoms.o, gO, smem.o, m_block, pipelines.do, state)
+                state.advance()
+            else:
+                pipelines.q.sync_object_empty.wait(state.index, state.phase)
+                full = pipelines.q.producer_get_barrier(state)
+                with cute.arch.elect_one():
+                    num_bytes = self.tile_m * self.width_v * self.dtype.width // 8
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
+                copy_tile(atoms.o, gO, smem.o, m_block, state.index, full)
+            load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, state)
+            state.advance()
+
+    @cute.jit
+    def _block_of(self, unit: Unit, index: Int32, gmem: Gmem, qhead_per_kvhead: Int32) -> tuple[Int32, Int32, Int32]:
+        """``(m_block, head, block)`` of one of the blocks of query rows of a unit that prepares or converts, the last
+        one its number in the group. A unit's last one may be one too many: it is the one before."""
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        block = cutlass.min(unit.index * PART_BLOCKS + index, blocks * qhead_per_kvhead - 1)
+        return block % blocks, unit.head * qhead_per_kvhead + block // blocks, block
 
     @cute.jit
     def _visited(self, left: Int32, start: Int32, end: Int32, qhead_per_kvhead: Int32) -> Int32:
@@ -633,11 +714,10 @@ class Backward(Roles):
         return (unmasked_end - start) * qhead_per_kvhead, (unmasked_start - start) * qhead_per_kvhead
 
     @cute.jit
-    def _await_rows(self, unit: Unit, gmem: Gmem, scratch: Scratch) -> None:
+    def _await_rows(self, unit: Unit, order: Order, gmem: Gmem, scratch: Scratch) -> None:
         """Wait until the rows of a tile's group are prepared, and its first slot is zero."""
-        heads_kv = gmem.k.shape[2]
-        rows = cute.ceil_div(gmem.q.shape[0], self.tile_m) * (gmem.q.shape[2] // heads_kv)
-        await_count(scratch.prepared.iterator + (unit.batch * heads_kv + unit.head), rows)
+        group = self._join_group(unit, gmem)
+        await_count(scratch.prepared.iterator + group, order.parts * (THREADS // 32))
 
     @cute.jit
     def add_dq(
@@ -716,7 +796,7 @@ class Backward(Roles):
     @cute.jit
     def _await_slot(self, unit: Unit, order: Order, gmem: Gmem, scratch: Scratch) -> None:
         """Wait until a tile's group has its slot of the ring, and it is zero."""
-        self._await_rows(unit, gmem, scratch)
+        self._await_rows(unit, order, gmem, scratch)
         await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
 
     @cute.jit
@@ -824,24 +904,116 @@ class Backward(Roles):
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 q_state = self._tile(context, gmem, layouts, unit, tile, q_state, qhead_per_kvhead)
-            else:
-                self._convert(gmem, scratch, order, unit, scoring.softmax_scale, qhead_per_kvhead)
+            self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
+
+    @cute.jit
+    def _do_rows(
+        self,
+        context: tuple,  # Context, or as Context
+        gmem: Gmem,
+        scratch: Scratch,
+        unit: Unit,
+        state: pipeline.PipelineState,  # of Q and dO
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """This thread's share, of the threads of warpgroups 1 and 2, of a unit that prepares or converts. (If this were
+        the else branch of what tiles do, ptxas would keep no descriptor of a tile in uniform registers.)"""
+        _, _, smem, pipelines, scoring, _ = context
+        if unit.kind == CONVERT:
+            self._convert(gmem, scratch, smem, pipelines, unit, state.clone(), scoring.softmax_scale, qhead_per_kvhead)
+            count_up(scratch.converted.iterator + unit.slot)
+        if unit.kind == PREPARE:
+            self._prepare(gmem, scratch, smem, pipelines, unit, state.clone(), qhead_per_kvhead)
+            count_up(scratch.prepared.iterator + self._join_group(unit, gmem))
 
     @cute.jit
     def _convert(
         self,
         gmem: Gmem,
         scratch: Scratch,
-        order: Order,
+        smem: Smem,
+        pipelines: Pipelines,
         unit: Unit,
+        state: pipeline.PipelineState,
         softmax_scale: Float32,
         qhead_per_kvhead: Int32,
     ) -> None:
-        """This thread's share, of the threads of warpgroups 1 and 2, of a unit that converts."""
-        await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * self.adders)
-        convert(scratch, gmem.dq, unit, qhead_per_kvhead, softmax_scale, self.tile_m, self.dq_by_rows)
-        count_up(scratch.converted.iterator + unit.slot)
+        """dQ of the blocks of a unit, and zeros in the place of its sums if the slot has another user."""
+        thread, half = self._half()
+        for b in cutlass.range(PART_BLOCKS, unroll=1):
+            m_block, head, block = self._block_of(unit, b, gmem, qhead_per_kvhead)
+            gdQ, first_row = gmem.dq[None, None, head, unit.batch], m_block * self.tile_m
+            is_block = unit.index * PART_BLOCKS + b == block
+            for step in cutlass.range_constexpr(1 + self.splits_sums):
+                pipelines.q.consumer_wait(state)
+                if cutlass.const_expr(self.splits_sums):
+                    if is_block and half == step:
+                        sums = smem.sums[0][None, None, None, state.index]
+                        convert(sums, gdQ, first_row, softmax_scale, self.dq_by_rows)
+                else:
+                    pipelines.do.consumer_wait(state)
+                    if is_block:
+                        sums = self._half_of_sums(smem, half, state.index)
+                        convert(sums, gdQ, first_row, softmax_scale, self.dq_by_rows)
+                cute.arch.sync_warp()
+                pipelines.q.consumer_release(state)
+                if cutlass.const_expr(not self.splits_sums):
+                    pipelines.do.consumer_release(state)
+                state.advance()
+            if is_block and unit.is_reused == 1:
+                per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
+                zero_sums(scratch, Int64(unit.slot * per_slot + block), thread, half)
+
+    @cute.jit
+    def _prepare(
+        self,
+        gmem: Gmem,
+        scratch: Scratch,
+        smem: Smem,
+        pipelines: Pipelines,
+        unit: Unit,
+        state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> None:
+        """Statistics of the blocks of a unit, and zeros for the first user of a slot."""
+        thread, half = self._half()
+        blocks, heads = cute.ceil_div(gmem.q.shape[0], self.tile_m), gmem.q.shape[2]
+        for b in cutlass.range(PART_BLOCKS, unroll=1):
+            m_block, head, block = self._block_of(unit, b, gmem, qhead_per_kvhead)
+            first = state.clone()
+            if cutlass.const_expr(self.splits_rows):
+                pipelines.do.consumer_wait(first)
+                state.advance()
+            else:
+                pipelines.q.consumer_wait(first)
+            pipelines.do.consumer_wait(state)
+            prepare(
+                smem.o[None, None, first.index],
+                smem.do[None, None, state.index],
+                gmem.lse[unit.batch, head, None],
+                m_block * self.tile_m,
+                scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
+            )
+            cute.arch.sync_warp()
+            (pipelines.do if self.splits_rows else pipelines.q).consumer_release(first)
+            pipelines.do.consumer_release(state)
+            state.advance()
+            if unit.generation == 0:
+                zero_sums(scratch, Int64(unit.slot * (blocks * qhead_per_kvhead) + block), thread, half)
+
+    @cute.jit
+    def _half_of_sums(self, smem: Smem, half: Int32, stage: Int32) -> cute.Tensor:
+        """One half of a block's sums, in a stage of Q's or of dO's."""
+        in_q, in_do = (sums[None, None, None, stage] for sums in smem.sums)
+        distance = (in_do.iterator.toint() - in_q.iterator.toint()) // 4
+        return cute.make_tensor((in_q.iterator + half * distance).align(16), in_q.layout)
+
+    @cute.jit
+    def _half(self) -> tuple[Int32, Int32]:
+        """This thread's number in its warpgroup, and which of the two that multiply it is."""
+        tidx = fragments.read_thread_idx() - WARPGROUP
+        return tidx % WARPGROUP, cute.arch.make_warp_uniform(tidx // WARPGROUP)
 
     @cute.jit
     def _tile(
@@ -1175,7 +1347,7 @@ def example_arguments(key: KernelKey) -> tuple:
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),
-        *(Int32(1) for _ in range(5)),
+        *(Int32(1) for _ in range(6)),  # num_sms, then the five of Order
         Int32(0) if key.window else None,
         Int32(0) if key.window else None,
         Float32(1.0) if key.softcap else None,

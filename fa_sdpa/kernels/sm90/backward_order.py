@@ -1,26 +1,26 @@
 """In which order the backward does its work, and how it reaches the CTAs and their warps.
 
-A group is a key/value head of a sequence with the query heads that share it. Each group has units of two kinds:
+A group is a key/value head of a sequence with the query heads that share it. Each group has units of three kinds:
 
+    PREPARE    one for each PART_BLOCKS blocks of query rows: their lse and δ; zeros for the first user of a slot
     MULTIPLY   one for each tile of keys: its dK and dV, and additions to the group's sums of dQ
     CONVERT    one for each PART_BLOCKS blocks of query rows: dQ from the sums, which become zero again
 
 Sums of dQ are not kept for all groups, but in a ring of slots, so that they stay in L2: group g uses slot g % slots
-once the units that convert group g - slots are done. Groups are scheduled by sections. First come the tiles of `lag`
-sections; then, in rounds, the tiles of a section mixed with the conversion of the one `lag` sections before it; then
-the rest of the conversions:
+once the units that convert group g - slots are done. First come the units that prepare `ahead` groups. Then there is a
+period for each group, in which the tiles of group g are mixed with the units that prepare group g + ahead and convert
+group g - lag; then the rest of the conversions.
 
-    lag 1:  tiles 0; tiles 1 and convert 0; tiles 2 and convert 1; …; tiles of the last and convert the one before;
-            convert the last
+With tiles that cost the same, the tiles of a group run side by side and share its Q and dO in L2. With a mask, the
+tiles of a section of groups, as many periods, are ordered anew: longest first over all of them. The last section has up
+to twice as many groups.
 
-so that sums are complete when they are asked for. With tiles that cost the same a section is one group, and the tiles
-of a group run side by side and share its Q and dO in L2. With a mask a section is about as many groups as half fill the
-GPU, longest tiles first over all of them; the last section has up to twice as many, for balance at the end.
-
-CTAs take the units in rising order by an atomic counter. Every wait is for units of lower index: of a slot's user for
-the conversion before, of a conversion for all tiles of its group, in deterministic mode of a tile for the group's tile
-before. So a unit waits only for units that some running CTA has, and there is no deadlock, however few CTAs run at a
-time. (config.backward_schedule chooses the numbers so that this holds; tests/test_kernels.py tries them.)
+CTAs take the units in rising order by an atomic counter. Every wait is for units of lower index: of a tile for its
+group's rows, and for its slot's conversion before; of a conversion for all tiles of its group; in deterministic mode of
+a tile for the group's tile before. So a unit waits only for units that some running CTA has, and there is no deadlock,
+however few CTAs run at a time. That takes ahead ≥ w, lag ≥ w and slots ≥ lag + w, where w is the largest number of
+groups in a section, or all three equal to the number of groups. (config.backward_schedule chooses them,
+tests/test_kernels.py tries them.)
 
 In a CTA the producer warp takes a unit, once it has asked for all of the last one's loads, and tells the other warps
 through a queue in shared memory: full (1 arrival) → all other warps that work, one arrival each at empty.
@@ -30,10 +30,10 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Int32, Int64
 
-MULTIPLY, CONVERT, END = 0, 1, 2
-PART_BLOCKS = 2
+MULTIPLY, CONVERT, PREPARE, NONE, END = range(5)  # NONE: there is nothing to do
+PART_BLOCKS = 4  # they take each of two stages of Q and dO twice, or more often: the phase stays as it was
 ENTRIES_LOG2 = 2
 ENTRIES = 1 << ENTRIES_LOG2
 WARPS = 16  # of a CTA, at most
@@ -45,10 +45,11 @@ class Order(NamedTuple):
     heads: Int32  # of keys and values
     groups: Int32  # heads · batch
     tiles: Int32  # of keys, of a group
-    parts: Int32  # units that convert a group
+    parts: Int32  # units that prepare a group, and that convert it
     section: Int32  # groups
     sections: Int32  # the last one has all groups that are left
-    lag: Int32  # sections
+    ahead: Int32  # groups
+    lag: Int32  # groups
     slots: Int32  # groups
 
 
@@ -72,38 +73,27 @@ def find_unit(
     interleaved: cutlass.Constexpr[bool],  # tile by tile over the groups of a section, not group by group
     falling: cutlass.Constexpr[bool],  # the last tile of a group first
 ) -> Unit:
-    """Unit of an index; its kind is END from order.groups · (order.tiles + order.parts) on."""
+    """Unit of an index; its kind is END after the last one."""
     groups, tiles, parts, section, sections = order.groups, order.tiles, order.parts, order.section, order.sections
     full = section * tiles  # tiles of a section other than the last
-    rounds = sections - order.lag  # that have tiles and conversions; none if there are no more sections than the lag
-    lead = order.lag * full
-    if rounds <= 0:
-        lead = groups * tiles
-    kind, position = Int32(MULTIPLY), index  # among the tiles, or among the parts, of all groups
-    if index >= lead:
-        converts = section * parts  # of a round
-        this_round = (index - lead) // (full + converts)
-        if this_round >= rounds:
-            this_round = rounds - 1
-        if rounds <= 0:
-            this_round = Int32(0)
-        in_round = full
-        if this_round == rounds - 1:
-            in_round = groups * tiles - lead - this_round * full
-        if rounds <= 0:
-            in_round, converts = Int32(0), Int32(0)
-        rest = index - lead - this_round * (full + section * parts)
-        converted = rest - in_round  # units before this one that convert, of this round
-        position = lead + this_round * full + rest
-        if rest < in_round + converts:
-            converted = rest * converts // (in_round + converts)
-            position -= converted
-            if (rest + 1) * converts // (in_round + converts) > converted:
-                kind = Int32(CONVERT)
-        else:
-            kind = Int32(CONVERT)
-        if kind == CONVERT:
-            position = this_round * section * parts + converted
+    kind, position = Int32(PREPARE), index  # among all units of the kind
+    rest = index - order.ahead * parts
+    if rest >= 0:
+        period, others = tiles + 2 * parts, 2 * parts  # units that prepare, and that convert, in turn
+        group = rest // period
+        in_period = Int64(rest - group * period)
+        before = Int32(in_period * others // period)  # how many others come before in this period
+        kind, position = Int32(MULTIPLY), group * tiles + Int32(in_period) - before
+        if Int32((in_period + 1) * others // period) > before:
+            kind, position = Int32(PREPARE), (group + order.ahead) * parts + before // 2
+            if before % 2 == 1:
+                kind, position = Int32(CONVERT), (group - order.lag) * parts + before // 2
+            if position < 0 or position >= groups * parts:
+                kind, position = Int32(NONE), Int32(0)
+        if group >= groups:
+            kind, position = Int32(CONVERT), (groups - order.lag) * parts + rest - groups * period
+            if position >= groups * parts:
+                kind, position = Int32(END), Int32(0)
     group, item = position // parts, position % parts
     if kind == MULTIPLY:
         of_section = position // full
@@ -119,8 +109,6 @@ def find_unit(
             group, item = first + position % width, position // width
         if cutlass.const_expr(falling):
             item = tiles - 1 - item
-    if group >= groups:
-        kind = Int32(END)
     generation = group // order.slots
     is_reused = Int32(1)
     if group + order.slots >= groups:

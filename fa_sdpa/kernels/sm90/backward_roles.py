@@ -203,8 +203,7 @@ class Roles:
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 state = self._score_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            else:
-                self._convert(gmem, scratch, order, unit, scoring.softmax_scale, qhead_per_kvhead)
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
 
     @cute.jit
@@ -331,8 +330,7 @@ class Roles:
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 state = self._differentiate_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            else:
-                self._convert(gmem, scratch, order, unit, scoring.softmax_scale, qhead_per_kvhead)
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
 
     @cute.jit

@@ -15,7 +15,6 @@ from ..key import KernelKey
 
 ARCH = 90
 DELAY = 2  # blocks of queries between tiles of a group that take turns
-ROW_STAGES = 2  # of what the backward's warp that prepares rows loads
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -155,8 +154,7 @@ class BackwardConfig:
         if not self.has_dq_warpgroup:
             return 240, 24, 0
         dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
-        mma = (512 - 32 - dq) // 16 * 8
-        return mma, 512 - 2 * mma - dq, dq
+        return (512 - 24 - dq) // 16 * 8, 24, dq
 
     @property
     def splits_keys(self) -> bool:
@@ -236,13 +234,13 @@ class BackwardConfig:
         """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
         heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
         ring_blocks = slots * group * blocks
-        counters = 2 + 2 * slots + sequences // group + (self.adders * ring_blocks if deterministic else 0)
+        counters = 1 + 2 * slots + sequences // group + (self.adders * ring_blocks if deterministic else 0)
         return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
 
     @property
     def stages_dq(self) -> bool:
         """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return self._smem_bytes(stages_dq=True, rows=4) <= SMEM_PER_BLOCK
+        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
 
     @property
     def stores_by_tma(self) -> bool:
@@ -252,28 +250,19 @@ class BackwardConfig:
         return not self.has_dq_warpgroup and tile <= room
 
     @property
-    def rows_at_once(self) -> int:
-        """Rows of O and dO in a stage of what the warp that prepares rows loads: as many as there is room for."""
-        room = SMEM_PER_BLOCK - self._smem_bytes(self.stages_dq, 0)
-        return next(rows for rows in (32, 16, 8, 4) if rows == 4 or self._row_bytes(rows) <= room)
-
-    def _row_bytes(self, rows: int) -> int:
-        return 2 * 2 * ROW_STAGES * rows * self.head_dim_v_smem
-
-    @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq, self.rows_at_once)
+        return self._smem_bytes(self.stages_dq)
 
-    def _smem_bytes(self, stages_dq: bool, rows: int) -> int:
+    def _smem_bytes(self, stages_dq: bool) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
-        warpgroup to another; fp32 dQ; so many rows of O and dO in a stage."""
+        warpgroup to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
         tiles += 0 if self.splits_keys else 2 * scores
-        return tiles + 8 * self.tile_m * self.stages + dq + self._row_bytes(rows) + BARRIER_BYTES
+        return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -424,7 +413,7 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
     tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds
     128 keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V
-    (padded to 64) are less than 192 KB. Else the warpgroups share 64 keys.
+    (padded to 64) are within 192 KB. Else the warpgroups share 64 keys.
 
     For speed, on an H100 (bf16, 4k, full / causal, TFLOP/s), the third warpgroup: d80 444 / 382 → 486 / 425, d96
     484 / 430 → 544 / 485; and keys shared by products instead of columns: d192 381 / 342 → 420 / 380, d256 381 / 354 →
@@ -432,18 +421,19 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """
     columns = round_up(head_dim, 16) + round_up(head_dim_v, 16)
     smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
-    if columns > (192 if softcap else 256) or smem >= 192 << 10:
+    if columns > (192 if softcap else 256) or smem > 192 << 10:
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
 
 
 class Schedule(NamedTuple):
-    """How the backward orders its work; groups, sections, lag and slots as in backward_order.py."""
+    """How the backward orders its work; groups, sections and the rest as in backward_order.py."""
 
     section: int  # groups
     sections: int
-    lag: int  # sections
+    ahead: int  # groups
+    lag: int  # groups
     slots: int  # groups
 
 
@@ -454,23 +444,22 @@ def backward_schedule(
     """Order of ``groups`` key/value heads with ``tiles`` tiles of keys each, of which the longest visits ``visits``
     blocks of queries.
 
-    What a slot holds was added up by tiles that were taken about a wave of CTAs before it is converted, and it is
-    converted some time before it is needed again. With a mask, a section is half a wave, and the last one has up to
-    twice as many groups, for balance at the end. In deterministic mode without one, a tile may begin DELAY blocks after
-    the one before it: so many groups go side by side. For speed only, but for ``slots``, which must be at least
-    lag · section groups, and the groups of a section more.
+    A CTA comes to a unit about a tile after it has taken it, and is done with it a tile later. So rows are prepared two
+    waves of CTAs before the tiles, sums are converted a wave after them, and a slot is used again some time later. With
+    a mask, the longest tile takes twice the mean, and a section is half a wave; the last one has up to twice as many
+    groups, for balance at the end. In deterministic mode without one, a tile may begin DELAY blocks after the one
+    before it: so many groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
     """
+    section, sections = 1, groups
     if is_masked or deterministic:
         section = max(1, num_sms // (2 * tiles)) if is_masked else -(-DELAY * num_sms // visits)
-        sections, margin = max(1, -(-groups // section) - 1), 0
-        # The longest tile takes twice the mean: as many tiles as two waves have, and a group's sums are complete. In
-        # deterministic mode the longest tiles are a section's last, so that it counts from its end.
-        lag = -(-19 * num_sms // (10 * section * tiles)) + deterministic
-    else:
-        section, sections = 1, groups
-        lag, margin = -(-5 * num_sms // (4 * tiles)), -(-2 * num_sms // (5 * tiles))
-    last = groups - (sections - 1) * section
-    return Schedule(section, sections, lag, min(groups, lag * section + max(section, last) + margin))
+        sections = max(1, groups // section)
+    width = groups - (sections - 1) * section  # of the last section
+    waves = (23 if is_masked else 13) + 10 * deterministic  # tenths; then the longest tiles are a section's last
+    ahead = width + -(-2 * num_sms // tiles)
+    lag = max(width, -(-waves * num_sms // (10 * tiles)))
+    slots = lag + width + -(-2 * num_sms // (5 * tiles))
+    return Schedule(section, sections, min(groups, ahead), min(groups, lag), min(groups, slots))
 
 
 def backward_heads(heads: int, heads_kv: int, tiles: int, blocks: int, longest_first: bool, num_sms: int) -> int:
