@@ -372,7 +372,7 @@ def test_the_ring_stays_small():
     ],
 )
 def test_heads_of_a_backward_call(call, heads):
-    assert config.backward_heads(*call, num_sms=132) == heads
+    assert config.backward_heads(*call, deterministic=False, num_sms=132) == heads
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -256,7 +256,7 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
     blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
     is_masked = is_causal or left is not None
-    summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, plan.num_sms)
+    summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
     size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)

@@ -85,7 +85,6 @@ from ..common.atomics import bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
 from ..key import KernelKey
-from .backward_convert import convert
 from .backward_order import (
     CONVERT,
     END,
@@ -110,13 +109,12 @@ from .backward_rows import (
     await_count,
     count_up,
     end_turn,
-    prepare,
     reset,
     split_scratch,
-    zero_sums,
 )
+from .backward_units import RowUnits
 from .config import BackwardConfig, round_up
-from .tma import copy_tile, load_tile
+from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # named barriers, first of two each; barrier 0 is the CTA's
@@ -242,7 +240,7 @@ class Context(NamedTuple):
     place: Place
 
 
-class Backward(Roles):
+class Backward(Roles, RowUnits):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
@@ -629,73 +627,6 @@ class Backward(Roles):
             put_unit(pipelines.units, turn, unit, tile)
 
     @cute.jit
-    def _load_sums(
-        self,
-        unit: Unit,
-        gmem: Gmem,
-        scratch: Scratch,
-        smem: Smem,
-        pipelines: Pipelines,
-        state: pipeline.PipelineState,  # of Q and dO; theirs is the same afterwards
-        qhead_per_kvhead: Int32,
-    ) -> None:
-        """Sums of the blocks of a unit, one half in Q's stage and the other in dO's, or each in a stage of Q's."""
-        per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
-        for b in cutlass.range(PART_BLOCKS, unroll=1):
-            block = Int64(unit.slot * per_slot + cutlass.min(unit.index * PART_BLOCKS + b, per_slot - 1))
-            for half in cutlass.range_constexpr(2):
-                in_do = half == 1 and not self.splits_sums
-                pipe, source = pipelines.do if in_do else pipelines.q, scratch.sums[None, None, None, half, block]
-                pipe.sync_object_empty.wait(state.index, state.phase)
-                with cute.arch.elect_one():
-                    full = pipe.producer_get_barrier(state)
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, 4 * cute.size(source))
-                    cute.copy(
-                        cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-                        cute.group_modes(source, 0, 3),
-                        cute.group_modes(smem.sums[in_do][None, None, None, state.index], 0, 3),
-                        mbar_ptr=full,
-                    )
-                if cutlass.const_expr(half == 1 or self.splits_sums):
-                    state.advance()
-
-    @cute.jit
-    def _load_rows(
-        self,
-        atoms: Atoms,
-        unit: Unit,
-        gmem: Gmem,
-        smem: Smem,
-        pipelines: Pipelines,
-        state: pipeline.PipelineState,
-        qhead_per_kvhead: Int32,
-    ) -> None:
-        """O and dO of the blocks of a unit, O in Q's stage or in dO's before."""
-        for b in cutlass.range(PART_BLOCKS, unroll=1):
-            m_block, head, _ = self._block_of(unit, b, gmem, qhead_per_kvhead)
-            gO, gdO = (tensor[None, None, head, unit.batch] for tensor in (gmem.o, gmem.do))
-            if cutlass.const_expr(self.splits_rows):
-                load_tile(atoms.o, gO, smem.o, m_block, pipelines.do, state)
-                state.advance()
-            else:
-                pipelines.q.sync_object_empty.wait(state.index, state.phase)
-                full = pipelines.q.producer_get_barrier(state)
-                with cute.arch.elect_one():
-                    num_bytes = self.tile_m * self.width_v * self.dtype.width // 8
-                    cute.arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
-                copy_tile(atoms.o, gO, smem.o, m_block, state.index, full)
-            load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, state)
-            state.advance()
-
-    @cute.jit
-    def _block_of(self, unit: Unit, index: Int32, gmem: Gmem, qhead_per_kvhead: Int32) -> tuple[Int32, Int32, Int32]:
-        """``(m_block, head, block)`` of one of the blocks of query rows of a unit that prepares or converts, the last
-        one its number in the group. A unit's last one may be one too many: it is the one before."""
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        block = cutlass.min(unit.index * PART_BLOCKS + index, blocks * qhead_per_kvhead - 1)
-        return block % blocks, unit.head * qhead_per_kvhead + block // blocks, block
-
-    @cute.jit
     def _visited(self, left: Int32, start: Int32, end: Int32, qhead_per_kvhead: Int32) -> Int32:
         """The query block that a tile visits before the last ``left`` ones, heads counted singly."""
         if cutlass.const_expr(self.deterministic):
@@ -759,7 +690,7 @@ class Backward(Roles):
                             cute.arch.cp_async_bulk_wait_group(1)
                             end_turn(last, target.handed_on)
                         last = target.turn
-                if cutlass.const_expr(self.deterministic):
+                if cutlass.const_expr(self.deterministic and not self.stores_by_tma):
                     if total > 0:
                         cute.arch.cp_async_bulk_wait_group(0)
                         end_turn(last, self._turn(unit, order) + 1)
@@ -777,6 +708,10 @@ class Backward(Roles):
                         cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
                         cute.copy(atom, tXsX, tXgX)
                         self._release_dq(wg)
+                        if cutlass.const_expr(self.deterministic and layout is layouts.dv):
+                            if total > 0:
+                                cute.arch.cp_async_bulk_wait_group(1)
+                                end_turn(last, self._turn(unit, order) + 1)
                 cute.arch.cp_async_bulk_wait_group(0)
                 count_up(scratch.added.iterator + unit.slot)
             unit, _ = get_unit(units)
@@ -906,114 +841,6 @@ class Backward(Roles):
                 q_state = self._tile(context, gmem, layouts, unit, tile, q_state, qhead_per_kvhead)
             self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
-
-    @cute.jit
-    def _do_rows(
-        self,
-        context: tuple,  # Context, or as Context
-        gmem: Gmem,
-        scratch: Scratch,
-        unit: Unit,
-        state: pipeline.PipelineState,  # of Q and dO
-        qhead_per_kvhead: Int32,
-    ) -> None:
-        """This thread's share, of the threads of warpgroups 1 and 2, of a unit that prepares or converts. (If this were
-        the else branch of what tiles do, ptxas would keep no descriptor of a tile in uniform registers.)"""
-        _, _, smem, pipelines, scoring, _ = context
-        if unit.kind == CONVERT:
-            self._convert(gmem, scratch, smem, pipelines, unit, state.clone(), scoring.softmax_scale, qhead_per_kvhead)
-            count_up(scratch.converted.iterator + unit.slot)
-        if unit.kind == PREPARE:
-            self._prepare(gmem, scratch, smem, pipelines, unit, state.clone(), qhead_per_kvhead)
-            count_up(scratch.prepared.iterator + self._join_group(unit, gmem))
-
-    @cute.jit
-    def _convert(
-        self,
-        gmem: Gmem,
-        scratch: Scratch,
-        smem: Smem,
-        pipelines: Pipelines,
-        unit: Unit,
-        state: pipeline.PipelineState,
-        softmax_scale: Float32,
-        qhead_per_kvhead: Int32,
-    ) -> None:
-        """dQ of the blocks of a unit, and zeros in the place of its sums if the slot has another user."""
-        thread, half = self._half()
-        for b in cutlass.range(PART_BLOCKS, unroll=1):
-            m_block, head, block = self._block_of(unit, b, gmem, qhead_per_kvhead)
-            gdQ, first_row = gmem.dq[None, None, head, unit.batch], m_block * self.tile_m
-            is_block = unit.index * PART_BLOCKS + b == block
-            for step in cutlass.range_constexpr(1 + self.splits_sums):
-                pipelines.q.consumer_wait(state)
-                if cutlass.const_expr(self.splits_sums):
-                    if is_block and half == step:
-                        sums = smem.sums[0][None, None, None, state.index]
-                        convert(sums, gdQ, first_row, softmax_scale, self.dq_by_rows)
-                else:
-                    pipelines.do.consumer_wait(state)
-                    if is_block:
-                        sums = self._half_of_sums(smem, half, state.index)
-                        convert(sums, gdQ, first_row, softmax_scale, self.dq_by_rows)
-                cute.arch.sync_warp()
-                pipelines.q.consumer_release(state)
-                if cutlass.const_expr(not self.splits_sums):
-                    pipelines.do.consumer_release(state)
-                state.advance()
-            if is_block and unit.is_reused == 1:
-                per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
-                zero_sums(scratch, Int64(unit.slot * per_slot + block), thread, half)
-
-    @cute.jit
-    def _prepare(
-        self,
-        gmem: Gmem,
-        scratch: Scratch,
-        smem: Smem,
-        pipelines: Pipelines,
-        unit: Unit,
-        state: pipeline.PipelineState,
-        qhead_per_kvhead: Int32,
-    ) -> None:
-        """Statistics of the blocks of a unit, and zeros for the first user of a slot."""
-        thread, half = self._half()
-        blocks, heads = cute.ceil_div(gmem.q.shape[0], self.tile_m), gmem.q.shape[2]
-        for b in cutlass.range(PART_BLOCKS, unroll=1):
-            m_block, head, block = self._block_of(unit, b, gmem, qhead_per_kvhead)
-            first = state.clone()
-            if cutlass.const_expr(self.splits_rows):
-                pipelines.do.consumer_wait(first)
-                state.advance()
-            else:
-                pipelines.q.consumer_wait(first)
-            pipelines.do.consumer_wait(state)
-            prepare(
-                smem.o[None, None, first.index],
-                smem.do[None, None, state.index],
-                gmem.lse[unit.batch, head, None],
-                m_block * self.tile_m,
-                scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
-            )
-            cute.arch.sync_warp()
-            (pipelines.do if self.splits_rows else pipelines.q).consumer_release(first)
-            pipelines.do.consumer_release(state)
-            state.advance()
-            if unit.generation == 0:
-                zero_sums(scratch, Int64(unit.slot * (blocks * qhead_per_kvhead) + block), thread, half)
-
-    @cute.jit
-    def _half_of_sums(self, smem: Smem, half: Int32, stage: Int32) -> cute.Tensor:
-        """One half of a block's sums, in a stage of Q's or of dO's."""
-        in_q, in_do = (sums[None, None, None, stage] for sums in smem.sums)
-        distance = (in_do.iterator.toint() - in_q.iterator.toint()) // 4
-        return cute.make_tensor((in_q.iterator + half * distance).align(16), in_q.layout)
-
-    @cute.jit
-    def _half(self) -> tuple[Int32, Int32]:
-        """This thread's number in its warpgroup, and which of the two that multiply it is."""
-        tidx = fragments.read_thread_idx() - WARPGROUP
-        return tidx % WARPGROUP, cute.arch.make_warp_uniform(tidx // WARPGROUP)
 
     @cute.jit
     def _tile(

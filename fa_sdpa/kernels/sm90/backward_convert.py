@@ -49,7 +49,7 @@ def _store_row(
     first_group: Int32,
 ) -> None:
     """Round a quad's sums of one of its two rows and write them, 16 bytes a lane."""
-    groups, lane = cute.size(sums, mode=[1]), cute.arch.lane_idx() % 4
+    groups, lane = cute.size(sums, mode=[1]), read_thread_idx() % 4
     for i in cutlass.range_constexpr(0, groups, 4):
         words = cute.make_rmem_tensor(4, Int32)
         for j in cutlass.range_constexpr(4):

@@ -201,9 +201,9 @@ class Roles:
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         unit, tile = get_unit(pipelines.units)
         while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             if unit.kind == MULTIPLY:
                 state = self._score_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
 
     @cute.jit
@@ -328,9 +328,9 @@ class Roles:
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         unit, tile = get_unit(pipelines.units)
         while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             if unit.kind == MULTIPLY:
                 state = self._differentiate_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
 
     @cute.jit

@@ -103,7 +103,8 @@ def prepare(
     statistics: cute.Tensor,  # (2 · tile_m,) of the block
 ) -> None:
     """A block of rows, by the THREADS threads of eight warps: each has as many rows, ROW_LANES lanes have one."""
-    tidx, lane = fragments.read_thread_idx() - WARPGROUP, cute.arch.lane_idx()
+    tidx = fragments.read_thread_idx() - WARPGROUP
+    lane = tidx % 32
     tile_m, columns = (cute.size(sO, mode=[mode]) for mode in (0, 1))
     rows = tile_m // (THREADS // 32)  # of a warp
     load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), sO.element_type, num_bits_per_copy=128)

@@ -154,7 +154,8 @@ class BackwardConfig:
         if not self.has_dq_warpgroup:
             return 240, 24, 0
         dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
-        return (512 - 24 - dq) // 16 * 8, 24, dq
+        mma = (512 - 24 - dq) // 16 * 8
+        return mma, 512 - 2 * mma - dq, dq
 
     @property
     def splits_keys(self) -> bool:
@@ -450,10 +451,10 @@ def backward_schedule(
     groups, for balance at the end. In deterministic mode without one, a tile may begin DELAY blocks after the one
     before it: so many groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
     """
-    section, sections = 1, groups
-    if is_masked or deterministic:
-        section = max(1, num_sms // (2 * tiles)) if is_masked else -(-DELAY * num_sms // visits)
-        sections = max(1, groups // section)
+    section = max(1, num_sms // (2 * tiles)) if is_masked else 1
+    if deterministic:
+        section = max(section, -(-DELAY * num_sms // visits))
+    sections = max(1, groups // section)
     width = groups - (sections - 1) * section  # of the last section
     waves = (23 if is_masked else 13) + 10 * deterministic  # tenths; then the longest tiles are a section's last
     ahead = width + -(-2 * num_sms // tiles)
@@ -462,13 +463,16 @@ def backward_schedule(
     return Schedule(section, sections, min(groups, ahead), min(groups, lag), min(groups, slots))
 
 
-def backward_heads(heads: int, heads_kv: int, tiles: int, blocks: int, longest_first: bool, num_sms: int) -> int:
+def backward_heads(
+    heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
+) -> int:
     """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
     a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
     gradients of a key/value head are then added up.
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
-    the longest tile takes twice the mean; without one, if the last wave is less than 3/4 of what it could be. And only
+    the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
+    the last wave is less than 3/4 of what it could be. And only
     for tiles of some 50 µs: that takes four launches more.
     """
     group = heads // heads_kv
@@ -477,7 +481,7 @@ def backward_heads(heads: int, heads_kv: int, tiles: int, blocks: int, longest_f
     for split in (split for split in range(1, group + 1) if group % split == 0):
         count = heads_kv * split * tiles
         waves = -(-count // num_sms)
-        if count >= 2 * num_sms if longest_first else 4 * count >= 3 * waves * num_sms:
+        if count >= (8 if deterministic else 2) * num_sms if is_masked else 4 * count >= 3 * waves * num_sms:
             return heads_kv * split
     return heads
 
