@@ -5,22 +5,22 @@ For each query row i and each key j that it sees, with c = softmax_scale · log2
     p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
     dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
 
-Two launches: `prepare` (backward_rows.py, with the layout of scratch memory) writes lse·log2(e) and δ and zeroes the
-sums of dQ, `kernel` is the rest of this page, launched while the one before it ends (griddepcontrol). Its CTAs take
-units of two kinds, tiles and conversions of sums of dQ, in an order of which backward_order.py tells; that is also why
-the sums take little memory. backward_convert.py has the conversions.
+Two launches: `reset` zeroes counters, `kernel` is the rest, launched while the one before it ends (griddepcontrol). Its
+CTAs take units of three kinds, tiles, of which this page tells, blocks of rows to prepare (δ, lse) and sums of dQ to
+convert (backward_units.py, with backward_rows.py, which also has the layout of scratch memory, and
+backward_convert.py), in an order of which backward_order.py tells; that is also why the sums take little memory.
 
 A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
-the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
-needs no sums of dK and dV in memory, and the tiles of a causal head that run at the same time read the same blocks at
-the same time. dQ is added to fp32 sums in global memory, from shared memory by bulk reductions. (Straight from
-registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers are not free until then; that is what
-happens where shared memory has no room.)
+the query blocks of tile_m rows that see it pass by, last one first (in deterministic mode the first one), of every
+query head of the group in turn. So GQA needs no sums of dK and dV in memory, and the tiles of a causal head that run
+at the same time read the same blocks at the same time. dQ is added to fp32 sums in global memory, from shared memory
+by bulk reductions. (Straight from registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers
+are not free until then; that is what happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
     warpgroup 0      warp 0 takes the units and issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and,
                      where there is no third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
-    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV; or they convert
+    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV; rows
     warpgroup 3      dQ, where it would take the others too many registers
 
 Scores are computed transposed, keys × queries, and Pᵀ and dSᵀ are the A operands of dV and dK straight from registers.
@@ -37,6 +37,7 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block,
                        by warpgroup 1 of shared keys after P
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
+    q, do   also take blocks of rows: O and dO, or the two halves of the sums of dQ, an even number of times each
     ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
     p       1 stage    4 warps → 4 warps (shared keys)
     units   4 entries  warp 0, 1 arrival → all other warps that work
@@ -64,7 +65,7 @@ window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own
 Static options of a key, whose values are arguments (Scoring):
     window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
     softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
-    deterministic tiles add to a block in rising order: a counter of the block says whose turn it is (no argument)
+    deterministic tiles add to a block in falling order: a counter of the block says whose turn it is (no argument)
 A sink is part of lse and needs nothing here.
 
 Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other

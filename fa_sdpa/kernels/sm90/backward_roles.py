@@ -10,7 +10,7 @@ goes to `differentiate` in 16 bit through shared memory, each thread's values to
 (with a softcap times its derivative, which dV does without); dS goes to `multiply_dq` as usual. What registers are left
 hold the first columns of K and V (config.k_slices, v_slices).
 
-Warpgroups 1 and 2 convert sums of dQ between tiles; `multiply_dq` goes on to its next tile.
+Warpgroups 1 and 2 do the units about rows between tiles; `multiply_dq` goes on to its next tile.
 
 Timeline, block i (‖: at the same time; each warpgroup goes on at its own pace):
     score            wait for S_i; P_i = 2^(…), to shared memory; dV += P_i dO_i  ‖  S_{i+1} = K Q_{i+1}ᵀ
@@ -182,7 +182,7 @@ class Roles:
         scoring: "Scoring",
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Warpgroup that multiplies S and dV of all tiles of this CTA, and converts."""
+        """Warpgroup that multiplies S and dV of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
         partition = self._partitions()
         sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
@@ -308,7 +308,7 @@ class Roles:
         scoring: "Scoring",
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Warpgroup that multiplies dP and dK of all tiles of this CTA, and converts."""
+        """Warpgroup that multiplies dP and dK of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
         partition = self._partitions()
         sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
