@@ -11,7 +11,7 @@ DIRECTIONS = ("forward", "backward")
 _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
     r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
-    r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?"
+    r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?(?P<deterministic>_deterministic)?"
 )
 
 
@@ -35,6 +35,7 @@ class KernelKey:
     softcap: bool = False  # scores are capped; the cap is an argument
     sink: bool = False  # every row's softmax has one more score, an argument
     split: bool = False  # several CTAs share the keys of a tile, and their results are combined
+    deterministic: bool = False  # the backward adds dq up in a fixed order
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -56,6 +57,8 @@ class KernelKey:
             raise ValueError(f"{self.sink=}: to the backward a sink is part of lse")
         if self.split and (self.direction == "backward" or self.is_causal or self.window or self.sink):
             raise ValueError(f"{self.split=}: only a forward in which every row sees every key, without a sink")
+        if self.deterministic and self.direction == "forward":
+            raise ValueError(f"{self.deterministic=}: the forward always is")
 
     @property
     def name(self) -> str:
@@ -63,8 +66,8 @@ class KernelKey:
         mask = "window" if self.window else "causal" if self.is_causal else "full"
         return (
             f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
-            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}"
-            f"{'_softcap' * self.softcap}{'_sink' * self.sink}{'_split' * self.split}"
+            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}{'_softcap' * self.softcap}{'_sink' * self.sink}"
+            f"{'_split' * self.split}{'_deterministic' * self.deterministic}"
         )
 
     @classmethod
@@ -76,6 +79,6 @@ class KernelKey:
         values: dict[str, Any] = {k: int(v) if v and v.isdigit() else v for k, v in match.groupdict().items()}
         mask = values.pop("mask")
         values["is_causal"], values["window"] = mask == "causal", mask == "window"
-        for flag in ("softcap", "sink", "split"):
+        for flag in ("softcap", "sink", "split", "deterministic"):
             values[flag] = bool(values[flag])
         return cls(**values)
