@@ -838,9 +838,12 @@ class Backward(Roles, RowUnits):
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
         unit, tile = get_unit(pipelines.units)
         while unit.kind != END:
+            if cutlass.const_expr(self.has_dq_warpgroup):
+                self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
             if unit.kind == MULTIPLY:
                 q_state = self._tile(context, gmem, layouts, unit, tile, q_state, qhead_per_kvhead)
-            self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
+            if cutlass.const_expr(not self.has_dq_warpgroup):
+                self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
             unit, tile = get_unit(pipelines.units)
 
     @cute.jit

@@ -104,8 +104,8 @@ class RowUnits:
         qhead_per_kvhead: Int32,
     ) -> None:
         """This thread's share, of the threads of warpgroups 1 and 2, of a unit that prepares or converts; nothing of a
-        tile. Where a warpgroup has keys of its own this must be called after the tile and in no else branch, or ptxas
-        keeps none of its descriptors in uniform registers; elsewhere before it, or the unit stays in registers."""
+        tile. With two MMA warpgroups this must be called after the tile and in no else branch, or ptxas keeps none of
+        its descriptors in uniform registers; with three before it, or the unit stays in registers, which spill."""
         _, _, smem, pipelines, scoring, _ = context
         if unit.kind == CONVERT:
             self._convert(gmem, scratch, smem, pipelines, unit, state.clone(), scoring.softmax_scale, qhead_per_kvhead)
