@@ -60,6 +60,7 @@ def attention_fwd(
     value: Tensor,  # (B, H_kv, Sk, Dv)
     sink: Tensor | None,  # (H,)
     options: Options,
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Sq, Sk)
 ) -> tuple[Tensor, Tensor]:
     """Attention forward on the current stream of the tensors' CUDA device, with no synchronisation.
 
@@ -166,6 +167,7 @@ def attention_bwd(
     out: Tensor,  # (B, H, Sq, Dv)
     lse: Tensor,  # (B, H, Sq)
     options: Options,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention on the current stream of the tensors' CUDA device, with no synchronisation.
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ...meta.spec import AttentionSpec, Reason
+from ...meta.spec import AttentionSpec, Reason, wrong_mask
 from ...meta.target import Target
 from ..key import KernelKey
 
@@ -459,6 +459,7 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     for code, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
         if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
             reasons.append(Reason(code, f"{code} {value} is not a multiple of 8 up to {MAX_HEAD_DIM}"))
+    reasons.extend(wrong_mask(spec))
     if spec.mask != "none":
         reasons.append(Reason("attn_mask", f"there is no kernel for an attn_mask ({spec.mask})"))
     if spec.dropout_p > 0.0:
