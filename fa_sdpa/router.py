@@ -21,7 +21,7 @@ from . import _torch_private as private
 from . import record
 from .alike import Alike, Memory
 from .counts import Tally, tally
-from .kernels import jit, launch
+from .kernels import jit, launch, masks
 from .kernels.compile import KernelUnavailable
 from .meta.shapes import mask_fits
 from .meta.spec import AttentionSpec, Decision, Reason, mask_kind
@@ -222,7 +222,8 @@ def _by_op(
     try:
         if attn_mask is None:
             return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
-        return _fa4(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)[0]
+        with masks.in_eager_mode():
+            return _fa4(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)[0]
     except KernelUnavailable:
         return None
 
