@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fa_sdpa
 from fa_sdpa import reference
+from fa_sdpa.kernels import masks
+from fa_sdpa.kernels.sm90.config import LIST_HEADER
 from fa_sdpa.meta.spec import AttentionSpec, mask_kind
 
 fwd = torch.ops.fa4.attention_fwd
@@ -277,7 +280,7 @@ def test_autocast_casts_the_mask_as_torch_does():
     with torch.autocast("cpu", torch.bfloat16):
         out, expected, _ = call_with(mask)
     assert fa_sdpa.stats().eager.routed == 1 and out.dtype is torch.bfloat16
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -294,9 +297,9 @@ def test_in_a_graph(kind, autocast, dynamic):
         with fa_sdpa.enable("always"):
             out = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=dynamic)(q, k, v, mask)
     assert fa_sdpa.stats().compiled.routed == 1
-    torch.testing.assert_close(out, expected)
-    grads = zip(*(torch.autograd.grad(x.float().sum(), (q, k, v)) for x in (out, expected)), strict=True)
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if autocast else {}
+    torch.testing.assert_close(out, expected, **tolerance)
+    grads = zip(*(torch.autograd.grad(x.float().sum(), (q, k, v)) for x in (out, expected)), strict=True)
     for got, want in grads:
         torch.testing.assert_close(got, want, **tolerance)
 
@@ -306,3 +309,113 @@ def test_the_kind_of_a_mask_is_its_dtype():
     assert kinds == ["none", "bool", "bf16", "fp16", "fp32", "other"]
     spec = AttentionSpec(torch.bfloat16, 1, 1, 1, 8, 8, 64, 64, mask="fp16")
     assert "attn_mask" in {reason.code for reason in fa_sdpa.kernels.cpu.config.unsupported(spec, None)}
+
+
+# ---- on the way to a GPU kernel, without one -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preparations(monkeypatch):
+    """What would be launched to prepare masks; CPU tensors stand for the GPU's."""
+    launched = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    masks.forget()
+    yield launched, lambda: lambda *arguments: launched.append(arguments)
+    masks.forget()
+
+
+TILES = masks.Tiles(2, 4, 300, 500, None, None, 128, 64)
+
+
+def test_a_mask_is_kept_as_long_as_it_is_the_same(preparations):
+    launched, load = preparations
+    mask = torch.ones(2, 1, 300, 600, dtype=torch.bool)
+    with masks.in_eager_mode():
+        first = masks.prepared(mask[..., :500], TILES, load)
+        assert masks.prepared(mask[..., :500], TILES, load) is first and len(launched) == 1
+        changes = (
+            lambda: masks.prepared(mask[..., 1:501], TILES, load),
+            lambda: masks.prepared(mask[..., :500], TILES._replace(tile_m=64), load),
+            lambda: masks.prepared(mask[..., :500], TILES._replace(right=0), load),
+            lambda: masks.prepared(mask[..., :500].clone(), TILES, load),
+            lambda: masks.prepared(mask.fill_(True)[..., :500], TILES, load),
+        )
+        for count, change in enumerate(changes, 2):
+            assert change() is not first and len(launched) == count
+    masks.prepared(mask[..., :500], TILES, load)
+    assert len(launched) == 7
+    with torch.inference_mode(), masks.in_eager_mode():
+        mask = torch.ones(2, 1, 300, 500, dtype=torch.bool)
+        assert masks.prepared(mask, TILES, load) is not masks.prepared(mask, TILES, load)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_that_are_gone_are_not_kept(preparations, dtype):
+    def load():
+        return lambda *arguments: None
+
+    with masks.in_eager_mode():
+        for _ in range(3):
+            mask = torch.ones(1, 1, 300, 500, dtype=dtype)
+            masks.prepared(mask, TILES, load)
+            done = masks.prepared(mask, TILES, load)
+            assert (done.bias is None) == (dtype is torch.bool)
+            del mask, done
+        assert len(masks._kept) == 1
+        held = [torch.ones(1, 1, 1, 500, dtype=torch.bool) for _ in range(masks.KEPT + 5)]
+        for mask in held:
+            masks.prepared(mask, TILES, load)
+        assert len(masks._kept) == masks.KEPT
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes"),
+    [
+        (torch.ones(1, 1, 1, 500, dtype=torch.bool), (1, 1, 1)),
+        (torch.ones(2, 1, 1, 500, dtype=torch.bool).expand(2, 4, 300, 500), (2, 1, 1)),
+        (torch.ones(1, 4, 300, 1), (1, 4, 300)),
+        (torch.ones(2, 4, 300, 500).bfloat16(), (2, 4, 300)),
+    ],
+    ids=["padding", "expanded", "columns", "full"],
+)
+def test_what_is_broadcast_is_read_and_written_once(preparations, mask, sizes):
+    launched, load = preparations
+    done = masks.prepared(mask, TILES, load)
+    [(given, kinds, found, bits, lists, left, right)] = launched
+    assert given.shape == (*sizes, 500) and (found is None) == (mask.dtype is torch.bool)
+    m_blocks, planes = (3 if sizes[2] > 1 else 1), (1 if mask.dtype is torch.bool else 2)
+    assert kinds.shape == (*sizes[:2], m_blocks, 8) and lists.shape == (*sizes[:2], m_blocks, LIST_HEADER + 8)
+    assert bits.shape == (*sizes[:2], planes * 8, 3 * 128 if sizes[2] > 1 else 1, 4)
+    assert left < -300 and right > 500
+    assert done.lists.shape == (2, 4, 3, LIST_HEADER + 8) and done.bits.shape == (2, 4, planes * 8, 384, 4)
+    assert done.lists.data_ptr() == lists.data_ptr() and done.bits.data_ptr() == bits.data_ptr()
+    if done.bias is not None:
+        assert done.bias.shape == (2, 4, sizes[2], 512) and done.bias.stride(3) == 1
+        torch.testing.assert_close(done.bias[..., :500], mask[:, :, : sizes[2]].expand(2, 4, sizes[2], 500))
+
+
+def test_a_window_makes_rows_differ(preparations):
+    launched, load = preparations
+    masks.prepared(torch.ones(1, 1, 1, 500, dtype=torch.bool), TILES._replace(left=-5, right=0), load)
+    [(given, kinds, _, bits, _, left, right)] = launched
+    assert given.shape == (1, 1, 300, 500) and given.stride(2) == 0 and (left, right) == (-5, 0)
+    assert kinds.shape == (1, 1, 3, 8) and bits.shape == (1, 1, 8, 384, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("slack", [0, 20])
+@pytest.mark.parametrize("seqlen_k", [7, 8, 16])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layout, slack, rows):
+    memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).bfloat16()
+    mask = memory[: 2 * rows * (seqlen_k + shift)].view(2, 1, rows, -1)[..., shift:]
+    mask = strided(mask, layout)
+    pairs = masks._in_pairs(mask, seqlen_k, 16)
+    torch.testing.assert_close(pairs[..., :seqlen_k], mask)
+    assert pairs.size(3) == 16 and pairs.stride(3) == 1 and pairs.stride(1) == 0
+    assert pairs.data_ptr() % 4 == 0 and not any(stride % 2 for stride in pairs.stride()[:3])
+    in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
+    if rows > 1 or layout == "plain":
+        assert (pairs.data_ptr() == mask.data_ptr()) == in_place

@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 
     lists: Tensor  # (B, H, query blocks, HEADER + key blocks) int32
     bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) int32
-    bias: Tensor | None  # (B, H, Sq or 1, Sk, even) of the mask's dtype
+    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) of the mask's dtype
 
 
 class Tiles(NamedTuple):
@@ -78,14 +78,19 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Pre
     wanted = (*place, attn_mask.stride(), tiles, torch.cuda.current_stream(attn_mask.device).cuda_stream)
     found = _kept.get(wanted)
     if found is not None and not found[0].expired():
-        return found[1]
+        done = found[1]
+        is_whole = done.bias is not None or attn_mask.dtype is torch.bool
+        return done if is_whole else done._replace(bias=_bias(attn_mask, tiles))
     for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
         _kept.pop(key, None)
     done = _prepare(attn_mask, tiles, load())
-    if sum(x.untyped_storage().nbytes() for x in done if x is not None and x is not attn_mask) <= KEPT_BYTES:
+    kept = done
+    if done.bias is not None and done.bias.untyped_storage()._cdata == storage._cdata:
+        kept = done._replace(bias=None)  # which would keep the mask itself
+    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= KEPT_BYTES:
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)
-        _kept[wanted] = StorageWeakRef(storage), done
+        _kept[wanted] = StorageWeakRef(storage), kept
     return done
 
 
@@ -116,12 +121,18 @@ def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     right = UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
     run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, left, right)
     all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m
-    bias = None if is_bool else _in_pairs(mask, tiles.seqlen_k).expand(tiles.batch, tiles.heads, -1, -1)
     return Prepared(
         lists.expand(tiles.batch, tiles.heads, all_rows // tiles.tile_m, -1),
         bits.expand(tiles.batch, tiles.heads, -1, all_rows, -1),
-        bias,
+        _bias(attn_mask, tiles),
     )
+
+
+def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
+    if attn_mask.dtype is torch.bool:
+        return None
+    keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
+    return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
 
 
 def _once(mask: Tensor) -> Tensor:
@@ -132,15 +143,18 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _in_pairs(mask: Tensor, seqlen_k: int) -> Tensor:
-    """``mask`` over all keys as the forward reads it, in aligned pairs, with strides of 0 where a size is 1: itself, or
-    a copy with an even number of keys."""
-    sizes, even = mask.shape, seqlen_k + seqlen_k % 2
-    strides = [0 if size == 1 else stride for size, stride in zip(sizes, mask.stride(), strict=True)]
-    in_place = sizes[3] == even and strides[3] == 1 and not any(stride % 2 for stride in strides[:3])
-    if in_place and mask.data_ptr() % (2 * mask.element_size()) == 0:
-        return mask.as_strided(sizes, strides)
-    copy = mask.new_zeros((*sizes[:3], even))
+def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
+    """``mask`` as the forward reads it: in aligned pairs, with ``keys`` in a row, whole blocks, of which those beyond
+    seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its strides or its
+    address are odd, or its memory ends within the last block."""
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
+    item = mask.element_size()
+    room = mask.untyped_storage().nbytes() // item - mask.storage_offset() - last_row
+    in_pairs = mask.data_ptr() % (2 * item) == 0 and not any(stride % 2 for stride in strides[:3])
+    if in_pairs and strides[3] == 1 and room >= keys:
+        return mask.as_strided((*mask.shape[:3], keys), strides)
+    copy = mask.new_zeros((*mask.shape[:3], keys))
     copy[..., :seqlen_k] = mask
-    strides = [0 if size == 1 else stride for size, stride in zip(sizes[:3], copy.stride()[:3], strict=True)]
+    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]
     return copy.as_strided(copy.shape, (*strides, 1))

@@ -178,16 +178,31 @@ def _admit(
     if facts in _admitted:
         return
     check(query, key, value, *others, attn_mask, sink, options)
-    mask = mask_kind(None if attn_mask is None else attn_mask.dtype)
-    spec = AttentionSpec.of(
-        query, key, value, mask, needs_grad=bool(others), sink=sink is not None, **options._asdict()
-    )
-    reasons = kernels.unsupported(spec, Target.of(query.device))
-    if reasons:
-        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
+    _refuse(_spec(query, key, value, attn_mask, sink, options, needs_grad=bool(others)), query.device)
     if len(_admitted) >= 4096:
         _admitted.clear()
     _admitted.add(facts)
+
+
+def _spec(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    sink: Tensor | None,
+    options: Options,
+    needs_grad: bool,
+) -> AttentionSpec:
+    mask = mask_kind(None if attn_mask is None else attn_mask.dtype)
+    has_sink = sink is not None
+    return AttentionSpec.of(query, key, value, mask, needs_grad=needs_grad, sink=has_sink, **options._asdict())
+
+
+def _refuse(spec: AttentionSpec, device: torch.device) -> None:
+    """Raise NotImplementedError with every reason why no kernel can run a call on its device, if there is one."""
+    reasons = kernels.unsupported(spec, Target.of(device))
+    if reasons:
+        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
 
 
 # A call that repeats goes straight to what computes it, past the dispatcher and the checks: from the Autograd kernels,
@@ -453,7 +468,8 @@ def _fwd_autograd(query, key, value, *, attn_mask=None, sink=None, **kwargs):  #
         if done is not None:
             return done
     if _is_recorded(query, key, value, attn_mask, sink):
-        _refuse_gradient_of(attn_mask)
+        if attn_mask is not None:
+            _admit_gradients(query, key, value, attn_mask, sink, _options(**kwargs))
         return _Attention.apply(query, key, value, attn_mask, sink, kwargs)
     with private.below_autograd():
         done = _fwd(query, key, value, attn_mask=attn_mask, sink=sink, **kwargs)
@@ -462,12 +478,16 @@ def _fwd_autograd(query, key, value, *, attn_mask=None, sink=None, **kwargs):  #
     return done
 
 
-def _refuse_gradient_of(attn_mask: Tensor | None) -> None:
-    if attn_mask is not None and attn_mask.requires_grad:
+def _admit_gradients(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sink: Tensor | None, options: Options
+) -> None:
+    """Raise in the forward what would be refused in the backward."""
+    if attn_mask.requires_grad:
         raise RuntimeError(
             "fa4::attention_fwd gives no gradient of attn_mask: detach it, or call "
             "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
         )
+    _refuse(_spec(query, key, value, attn_mask, sink, options, needs_grad=True), query.device)
 
 
 @torch.library.impl(_lib, "attention_bwd", "Autograd")

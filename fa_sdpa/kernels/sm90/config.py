@@ -260,8 +260,9 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends.
-LIST_HEADER = 3
+# Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and whether
+# biases of the others are far from 0.
+LIST_HEADER = 4
 MASK_WARPS = 8  # that classify a tile
 
 Tile = Literal["small", "split", "normal", "wide"]

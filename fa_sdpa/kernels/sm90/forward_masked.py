@@ -5,16 +5,17 @@ blocks run the code of a call without a mask. For the others a thread loads one 
 global memory before it waits for the block's scores, and for biased ones pairs of biases: all of them if they have 16
 bits, with fp32 those of one row, which are as many registers; the other row's follow when the scores are there.
 
-Biases are added in units of Q Kᵀ. A score is then cut off at ± bias_limit, a power of two that stands for a bias of
-2^18 … 2^19: huge numbers would lose, in s·c - m·c, what exp2 is to see of them. That of a power of two is exact, so that
-rows with nothing but keys far beyond the limit weigh them equally, as in any fp32 softmax. NaN stays NaN.
+Biases are added in units of Q Kᵀ. Where some are far from 0, scores are then cut off at ± bias_limit, a power of two
+that stands for a bias of 2^18 … 2^19: huge numbers would lose, in s·c - m·c, what exp2 is to see of them. That of a
+power of two is exact, so rows with nothing but keys far beyond the limit weigh them equally, as any fp32 softmax does.
+NaN stays NaN.
 
 Costs differ between tiles as with a causal mask, so the scheduler takes its order for that: later query blocks first.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, pipeline
+from cutlass import Boolean, Float32, Int32, pipeline
 
 from ..common import softmax
 from ..common.fragments import rows_by_columns
@@ -142,14 +143,15 @@ class MaskedForward(Forward):
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
         if whole_end == 0:
-            n_block = self._entries(mask, m_block, head, batch)[LIST_HEADER]
+            entries = self._entries(mask, m_block, head, batch)
+            n_block = entries[LIST_HEADER]
             of_bits = n_block
             if cutlass.const_expr(mask.bias is not None):
                 if bits_end == 0:
                     of_bits = n_block + self._num_blocks(seqlen_k)
                     early = self._biases(self.early_rows)
                     self._load_biases(early, mask.bias, head, batch, first_row, n_block)
-                    self._add_biases(acc_S, early, mask, head, batch, first_row, n_block)
+                    self._add_biases(acc_S, early, mask, head, batch, first_row, n_block, entries[3] != 0)
             mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
         softmax.first_weights(acc_S, regs.tOrP, regs.row_max, regs.row_sum, scoring.scale_log2)
         regs.acc_O.fill(0.0)
@@ -187,13 +189,14 @@ class MaskedForward(Forward):
             k_state.advance()
             v_state.advance()
         if cutlass.const_expr(mask.bias is not None):
+            is_far = entries[3] != 0
             for i in cutlass.range(cutlass.max(bits_end, 1), end, unroll=1):
                 n_block = entries[LIST_HEADER + i]
                 words = self._words(mask, head, batch, n_block + self._num_blocks(seqlen_k), first_row)
                 early = self._biases(self.early_rows)
                 self._load_biases(early, mask.bias, head, batch, first_row, n_block)
                 acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._add_biases(acc_S, early, mask, head, batch, first_row, n_block)
+                self._add_biases(acc_S, early, mask, head, batch, first_row, n_block, is_far)
                 mask_bits(acc_S, words)
                 self._softmax(acc_S, regs, scoring)
                 k_state.advance()
@@ -226,17 +229,16 @@ class MaskedForward(Forward):
         first_row: Int32,
         n_block: Int32,
     ) -> None:
-        """Biases of this thread's rows from first_row on, 8 apart. What lies beyond the mask's rows or keys gets some
-        other value of it; their bits are 0."""
-        _, _, rows, seqlen_k = mBias.shape
+        """Biases of this thread's rows from first_row on, 8 apart. Beyond the mask's rows and keys they may be
+        anything; their bits are 0."""
+        bits = 2 * self.bias_dtype.width
         first_column = n_block * self.tile_n + cute.arch.lane_idx() % 4 * 2
         for r in cutlass.range_constexpr(cute.size(biases, mode=[2])):
-            row = cutlass.min(first_row + 8 * r, rows - 1)
-            start = mBias.iterator + cute.crd2idx((batch, head, row, 0), mBias.layout)
-            for v in cutlass.range_constexpr(cute.size(biases, mode=[1])):
-                column = cutlass.min(first_column + 8 * v, seqlen_k - 2)
-                pair = (start + column).align(2 * self.bias_dtype.width // 8)
-                cute.autovec_copy(cute.make_tensor(pair, cute.make_layout(2)), biases[None, v, r])
+            row = cutlass.min(first_row + 8 * r, mBias.shape[2] - 1)
+            start = mBias.iterator + cute.crd2idx((batch, head, row, first_column), mBias.layout)
+            pairs = cute.make_layout((2, cute.size(biases, mode=[1])), stride=(1, 8))
+            load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.bias_dtype, num_bits_per_copy=bits)
+            cute.copy(load, cute.make_tensor(start.align(bits // 8), pairs), biases[None, None, r])
 
     @cute.jit
     def _add_biases(
@@ -248,8 +250,9 @@ class MaskedForward(Forward):
         batch: Int32,
         first_row: Int32,
         n_block: Int32,
+        is_far: Boolean,
     ) -> None:
-        """Scores plus biases, within ± bias_limit."""
+        """Scores plus biases; within ± bias_limit if some are far from 0."""
         rows = [early[None, None, r] for r in range(self.early_rows)]
         if cutlass.const_expr(self.early_rows < 2):
             late = self._biases(1)
@@ -259,9 +262,11 @@ class MaskedForward(Forward):
         for r in cutlass.range_constexpr(2):
             biases = rows[r].load().to(Float32)
             for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-                score = scores[r, c] + biases[c] * mask.bias_factor
-                score = cute.arch.fmax(score, -mask.bias_limit, nan=True)
-                scores[r, c] = cute.arch.fmin(score, mask.bias_limit, nan=True)
+                scores[r, c] = scores[r, c] + biases[c] * mask.bias_factor
+        if is_far:
+            for i in cutlass.range_constexpr(cute.size(acc_S)):
+                score = cute.arch.fmax(acc_S[i], -mask.bias_limit, nan=True)
+                acc_S[i] = cute.arch.fmin(score, mask.bias_limit, nan=True)
 
 
 def example_arguments(key: KernelKey) -> tuple:
