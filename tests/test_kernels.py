@@ -86,7 +86,22 @@ BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns,
         (torch.bfloat16, 256, 8, False, False, False),
     )
 ]
-KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD)))
+MASKED = [  # biases take the most registers where O does
+    *(
+        config.forward_key(
+            torch.bfloat16, head_dim, head_dim_v, False, tile, softcap=options, sink=options, attn_mask=mask
+        )
+        for head_dim, head_dim_v, tile, options, mask in (
+            *((d, d, "normal", False, mask) for d in (64, 128, 192, 256) for mask in ("bf16", "fp32")),
+            *((d, d, "normal", False, "bool") for d in (64, 256)),
+            *((d, d, "small", False, mask) for d, mask in ((128, "bool"), (256, "bf16"), (256, "fp32"))),
+            (64, 256, "normal", False, "fp32"),
+            *((d, d, "normal", True, "fp32") for d in (128, 256)),
+        )
+    ),
+    *(config.mask_key(mask, *tile) for mask in ("bool", "fp16", "fp32") for tile in ((128, 128), (64, 64), (128, 80))),
+]
+KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD, *MASKED)))
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -133,6 +148,9 @@ def test_key_names_are_distinct_and_parse_back():
         {"tile_n": -16},
         {"stages": 0},
         {"window": True, "is_causal": True},
+        {"attn_mask": "int8"},
+        {"attn_mask": "bool", "is_causal": True},
+        {"attn_mask": "bool", "direction": "backward"},
         {"sink": True, "direction": "backward"},
     ],
 )
@@ -302,6 +320,23 @@ def test_windows_softcap_and_sink_are_supported():
     for change in ({"bottom_right": True}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
         assert kernels.unsupported(spec(is_causal=True, **change), H100) == ()
     assert [reason.code for reason in kernels.unsupported(spec(softcap=float("inf")), H100)] == ["softcap"]
+
+
+def test_a_mask_is_prepared_whatever_the_head_dims():
+    with pytest.raises(ValueError, match="whatever the head dims"):
+        dataclasses.replace(config.mask_key("bool", 128, 128), head_dim=64)
+
+
+@pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
+def test_forwards_with_a_mask_are_supported(mask):
+    assert kernels.unsupported(spec(mask=mask), H100) == ()
+    assert [reason.code for reason in kernels.unsupported(spec(mask=mask, needs_grad=True), H100)] == ["attn_mask"]
+    assert [reason.code for reason in kernels.unsupported(spec(mask="fp16"), H100)] == ["attn_mask"]
+    for change in ({}, {"is_causal": True}, {"seqlen_q": 1}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
+        forward, preparation = launch.keys(spec(mask=mask, **change), H100)
+        assert (forward.direction, forward.attn_mask, preparation.direction) == ("forward", mask, "mask")
+        assert (preparation.dtype, preparation.tile_m, preparation.tile_n) == (mask, forward.tile_m, forward.tile_n)
+    assert len(launch.keys(spec(mask=mask), H100, any_size=True)) == 4
 
 
 def test_refusal_lists_every_reason():

@@ -132,10 +132,11 @@ def _attend_masked(
     """``attention_fwd`` with a mask, whose tile lists and bits stand for is_causal and the window too."""
     batch, heads, seqlen_q, head_dim = query.shape
     heads_kv, seqlen_k, head_dim_v = value.shape[1:]
-    left, right = options.bounds(seqlen_q, seqlen_k)
+    is_causal, left, right = _visible(options, seqlen_q, seqlen_k)
+    right = 0 if is_causal else right
     mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     num_sms = Target.of(query.device).num_sms
-    flags = (left is not None or right is not None, options.softcap > 0.0, sink is not None)
+    flags = (right is not None, options.softcap > 0.0, sink is not None)
     sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
     tile, packs, (seqlen_q, *_) = _tile(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
     if packs:
