@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ from fa_sdpa import reference  # noqa: E402
 from fa_sdpa.kernels import launch, masks  # noqa: E402
 from fa_sdpa.kernels.key import KernelKey  # noqa: E402
 from fa_sdpa.meta.spec import AttentionSpec, mask_kind  # noqa: E402
+from fa_sdpa.meta.target import Target  # noqa: E402
 
 CONTENTS = ("random", "sparse", "triangle", "padding", "left padding", "both", "blocks", "one key", "all", "nothing")
 FILLS = (-math.inf, "lowest", -1e9, -1e4)
 BIASES = ("none", "none", "normal", "slopes")
 BROADCASTS = ("....", ".1..", "1...", "11..", ".11.", "1.1.", "..1.", "...1", "1111")
-LAYOUTS = ("plain", "plain", "expanded", "transposed", "strided", "shifted")
+LAYOUTS = ("plain", "plain", "expanded", "transposed", "strided", "shifted", "roomy")
 DTYPES = {"bool": torch.bool, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 VARIANTS = {
@@ -83,70 +84,72 @@ def random_masked_case(seed: int, index: int) -> MaskedCase:
     )
 
 
-def make_mask(masked: MaskedCase) -> Tensor:
-    """The mask of a case, on the GPU, from torch's current seed."""
+def make_mask(masked: MaskedCase, source: str = "cuda") -> Tensor:
+    """The mask of a case on the GPU, drawn on the device ``source``: with "cpu", no kernel writes it."""
     case = masked.case
     full = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
     sizes = [1 if mark == "1" else size for mark, size in zip(masked.broadcast, full, strict=True)]
     sizes[: 4 - masked.dims] = [1] * (4 - masked.dims)
-    keep = _visible(masked.content, sizes)
+    keep = _visible(masked.content, sizes, source)
     if masked.empty_rows:
-        keep &= torch.rand((*sizes[:3], 1), device="cuda") > 0.2
+        keep &= torch.rand((*sizes[:3], 1), device=source) > 0.2
     if masked.dtype == "bool":
         mask = keep
     else:
         dtype = DTYPES[masked.dtype]
-        bias = torch.zeros(sizes, device="cuda")
+        bias = torch.zeros(sizes, device=source)
         if masked.bias == "normal":
             bias.normal_(0.0, 2.0)
         elif masked.bias == "slopes":
-            slopes = 2.0 ** -torch.arange(1, sizes[1] + 1, device="cuda").view(-1, 1, 1)
-            bias += slopes * torch.arange(sizes[3], device="cuda")
+            slopes = 2.0 ** -torch.arange(1, sizes[1] + 1, device=source).view(-1, 1, 1)
+            bias += slopes * torch.arange(sizes[3], device=source)
         fill = torch.finfo(dtype).min if masked.fill == "lowest" else max(float(masked.fill), torch.finfo(dtype).min)
         mask = bias.to(dtype).masked_fill(~keep, -math.inf if masked.fill == -math.inf else fill)
-    mask = _laid_out(mask, masked.layout)
+    memory, view = _laid_out(mask, masked.layout)
+    mask = view(memory.cuda())
     return mask[(0,) * (4 - masked.dims)]
 
 
-def _visible(content: str, sizes: list[int]) -> Tensor:
+def _visible(content: str, sizes: list[int], device: str) -> Tensor:
     """Which keys are seen, (b, h, q, k) bool."""
     batch, heads, rows, keys = sizes
-    i, j = torch.arange(rows, device="cuda")[:, None], torch.arange(keys, device="cuda")
-    lengths = torch.randint(0, keys + 1, (batch, 1, 1, 1), device="cuda")
+    i, j = torch.arange(rows, device=device)[:, None], torch.arange(keys, device=device)
+    lengths = torch.randint(0, keys + 1, (batch, 1, 1, 1), device=device)
     kinds = {
-        "random": lambda: torch.rand(sizes, device="cuda") < 0.5,
-        "sparse": lambda: torch.rand(sizes, device="cuda") < 0.01,
+        "random": lambda: torch.rand(sizes, device=device) < 0.5,
+        "sparse": lambda: torch.rand(sizes, device=device) < 0.01,
         "triangle": lambda: (j <= i).expand(sizes),
         "padding": lambda: (j < lengths).expand(sizes),
         "left padding": lambda: (j >= lengths).expand(sizes),
         "both": lambda: ((j <= i) & (j >= lengths // 2)).expand(sizes),
         "blocks": lambda: (
-            (torch.rand((batch, heads, rows // 96 + 1, keys // 160 + 1), device="cuda") < 0.5)
+            (torch.rand((batch, heads, rows // 96 + 1, keys // 160 + 1), device=device) < 0.5)
             .repeat_interleave(96, 2)
             .repeat_interleave(160, 3)[:, :, :rows, :keys]
         ),
-        "one key": lambda: j == torch.randint(0, keys, (batch, heads, rows, 1), device="cuda"),
-        "all": lambda: torch.ones(sizes, dtype=torch.bool, device="cuda"),
-        "nothing": lambda: torch.zeros(sizes, dtype=torch.bool, device="cuda"),
+        "one key": lambda: j == torch.randint(0, keys, (batch, heads, rows, 1), device=device),
+        "all": lambda: torch.ones(sizes, dtype=torch.bool, device=device),
+        "nothing": lambda: torch.zeros(sizes, dtype=torch.bool, device=device),
     }
     return kinds[content]().clone()
 
 
-def _laid_out(mask: Tensor, layout: str) -> Tensor:
-    """The values of ``mask`` in other memory."""
-    if layout == "expanded":  # each dimension of size 1 twice, and one of them is seen
-        return mask.expand([2 if size == 1 else size for size in mask.shape])[tuple(slice(0, n) for n in mask.shape)]
+def _laid_out(mask: Tensor, layout: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(memory with the values of ``mask``, how they are seen in it)."""
+    shape = mask.shape
+    if layout == "expanded":  # sizes of 1 with a stride of 0, of which one is seen
+        doubled = [2 if size == 1 else size for size in shape]
+        return mask, lambda x: x.expand(doubled)[tuple(slice(0, size) for size in shape)]
     if layout == "transposed":
-        return mask.mT.contiguous().mT
-    if layout == "strided":
-        wide = mask.new_ones((*mask.shape[:-1], 3 * mask.size(-1)))
-        wide[..., 1::3] = mask
-        return wide[..., 1::3]
-    if layout == "shifted":
-        wide = mask.new_ones((*mask.shape[:-1], mask.size(-1) + 3))
-        wide[..., 1:-2] = mask
-        return wide[..., 1:-2]
-    return mask
+        return mask.mT.contiguous(), lambda x: x.mT
+    if layout in ("strided", "shifted"):
+        step, extra = (3, 0) if layout == "strided" else (1, 3)
+        wide = mask.new_ones((*shape[:-1], step * shape[-1] + extra))
+        wide[..., 1 : 1 + step * shape[-1] : step] = mask
+        return wide, lambda x: x[..., 1 : 1 + step * shape[-1] : step]
+    if layout == "roomy":  # memory that goes on beyond the last row
+        return torch.cat((mask.flatten(), mask.new_ones(256))), lambda x: x[: shape.numel()].view(shape)
+    return mask, lambda x: x
 
 
 def check(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
@@ -239,7 +242,7 @@ def spec_of(case: Case, dtype: str) -> AttentionSpec:
     )
 
 
-def keys_of(cases: Iterable[tuple[Case, str]]) -> list[KernelKey]:
-    """The kernels that cases with a mask of a dtype launch on an H100."""
-    keys = {key for case, dtype in cases for key in launch.keys(spec_of(case, dtype), H100)}
+def keys_of(cases: Iterable[tuple[Case, str]], target: Target = H100) -> list[KernelKey]:
+    """The kernels that cases with a mask of a dtype launch on ``target``."""
+    keys = {key for case, dtype in cases for key in launch.keys(spec_of(case, dtype), target)}
     return sorted(keys, key=lambda key: key.name)

@@ -25,8 +25,10 @@ from fa_sdpa.meta.spec import AttentionSpec, Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import backward_cases  # noqa: E402
+import mask_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
+from mask_cases import random_masked_case  # noqa: E402
 
 COMPILE_ALL = bool(os.environ.get("FA_SDPA_COMPILE_ALL"))  # make compile-all: every head dim with every option
 MASKS = (
@@ -514,7 +516,9 @@ def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     forward = keys_of(random_case(0, index, BREADTH) for index in range(3000))
     backward = backward_cases.keys_of(backward_cases.draw(0, index) for index in range(3000))
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
-    missing = [key.name for key in (*forward, *backward) if sm90_sanitize.code_path(key) not in sanitized]
+    masked = map(random_masked_case, itertools.repeat(0), range(3000))
+    masked_keys = mask_cases.keys_of((masked_case.case, masked_case.dtype) for masked_case in masked)
+    missing = [key.name for key in (*forward, *backward, *masked_keys) if sm90_sanitize.code_path(key) not in sanitized]
     assert missing == []
 
 
