@@ -106,12 +106,13 @@ def contenders(mask: Tensor) -> dict[str, Run]:
     return {"ours": ours, "ours, fresh": fresh, "ours, no mask": unmasked, **peers}
 
 
-def measure(cell: Cell) -> dict[str, Any]:
-    """A cell's row."""
+def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
+    """A cell's row, with these peers."""
     tensors, mask = inputs(cell.case)[:3], cell.make()
-    runs, refused = contenders(mask), {}
+    runs: dict[str, Run] = {name: run for name, run in contenders(mask).items() if name not in PEERS or name in chosen}
+    refused = {}
     expected = runs["ours"](*tensors)
-    for name in PEERS:
+    for name in chosen:
         try:
             out = runs[name](*tensors)
             off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-cells", action="store_true", help="time nothing")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="what to compare with")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
     if args.list_keys:
@@ -166,7 +168,7 @@ def main() -> None:
         about["numerics"] = gate(args.cases, args.seed)
         print(f"numerics: {about['numerics']}", flush=True)
     failed = args.cases and about["numerics"]["failed"]
-    rows = [] if failed or args.no_cells else [measure(cell) for cell in CELLS]
+    rows = [] if failed or args.no_cells else [measure(cell, args.peers) for cell in CELLS]
     if rows:
         about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
         print(tables(rows))
