@@ -122,7 +122,11 @@ def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
         if why:
             refused[name] = why
             del runs[name]
-    row: dict[str, Any] = {"cell": f"{cell.mask} s{cell.seqlen} d{cell.head_dim}", **cell._asdict()}
+    row: dict[str, Any] = {
+        "cell": f"{cell.mask} s{cell.seqlen} d{cell.head_dim}",
+        **cell._asdict(),
+        "dtype": MASKS[cell.mask],
+    }
     row |= dict.fromkeys(("ours", "ours, fresh", "ours, no mask", *PEERS))
     row |= {name: round(cell.flops / ms / 1e9, 1) for name, ms in bench_ms(runs, [tensors]).items()}
     peers = [row[name] for name in PEERS if row[name]]
