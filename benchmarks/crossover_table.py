@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from provenance import RESULTS, ROOT  # first: it makes this checkout importable
+from sm90_masks import MASKS
 
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.meta import fit
@@ -127,7 +128,7 @@ def masked() -> list[Rule]:
         worst: dict[tuple[int, bool, int], tuple[float, float]] = {}
         for row in rows(MASKED):
             cell = row["head_dim"], False, row["seqlen"]
-            if row["dtype"] in dtypes and row["torch"]:
+            if MASKS[row["mask"]] in dtypes and row["torch"]:
                 times = 1 / row["ours, fresh"], 1 / row["torch"]
                 worst[cell] = max(worst.get(cell, times), times, key=lambda pair: pair[0] / pair[1])
         found += [rule._replace(mask=mask) for rule in thresholds("forward", worst)]

@@ -125,7 +125,6 @@ def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "cell": f"{cell.mask} s{cell.seqlen} d{cell.head_dim}",
         **cell._asdict(),
-        "dtype": MASKS[cell.mask],
     }
     row |= dict.fromkeys(("ours", "ours, fresh", "ours, no mask", *PEERS))
     row |= {name: round(cell.flops / ms / 1e9, 1) for name, ms in bench_ms(runs, [tensors]).items()}

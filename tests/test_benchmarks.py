@@ -225,9 +225,9 @@ def test_masks_are_the_same_in_every_layout(content, layout, monkeypatch):
     case = Case("bf16", 64, 64, 2, 3, 3, 40, 50)
     masked = mask_cases.MaskedCase(case, "bf16", content, bias="normal", broadcast=".1..")
     made = []
-    for masked in (masked, masked._replace(layout=layout)):
+    for drawn in (masked, masked._replace(layout=layout)):
         torch.manual_seed(0)
-        made.append(mask_cases.make_mask(masked, "cpu"))
+        made.append(mask_cases.make_mask(drawn, "cpu"))
     assert made[0].shape == (2, 1, 40, 50)
     assert torch.equal(*made)
 

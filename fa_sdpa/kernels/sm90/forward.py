@@ -594,24 +594,7 @@ class Forward:
         wg: Int32,
         scoring: Scoring,
     ) -> cute.Tensor:
-        """S = Q Kᵀ of the next block, O += P V of the last; S when both are done, capped."""
-        acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
-        self._end_block(acc_S, pipelines, k_state, v_state, scoring)
-        return acc_S
-
-    @cute.jit
-    def _begin_block(
-        self,
-        mma_qk: cute.TiledMma,
-        mma_pv: cute.TiledMma,
-        regs: Operands,
-        pipelines: Pipelines,
-        q_state: pipeline.PipelineState,
-        k_state: pipeline.PipelineState,
-        v_state: pipeline.PipelineState,
-        wg: Int32,
-    ) -> cute.Tensor:
-        """Issue both multiplications of a block in this warpgroup's turn; where its scores will be."""
+        """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last; S when both are done, capped."""
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
@@ -619,24 +602,13 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         self._issue_pv(mma_pv, regs, v_state)
         self._pass_turn(wg, to_next=True)
-        return acc_S
-
-    @cute.jit
-    def _end_block(
-        self,
-        acc_S: cute.Tensor,
-        pipelines: Pipelines,
-        k_state: pipeline.PipelineState,
-        v_state: pipeline.PipelineState,
-        scoring: Scoring,
-    ) -> None:
-        """Wait for a block's multiplications, release their stages, cap the scores."""
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         pipelines.v.consumer_release(v_state)
         fragments.end_of_block(scoring.scale_log2 < 0.0)  # or the stages would be released after the softmax
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
+        return acc_S
 
     @cute.jit
     def _softmax(self, acc_S: cute.Tensor, regs: Operands, scoring: Scoring) -> None:

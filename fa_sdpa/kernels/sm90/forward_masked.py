@@ -2,10 +2,8 @@
 
 A tile visits its whole blocks first, then those with bits, then the biased ones, each kind in a loop of its own; whole
 blocks run the code of a call without a mask. For the others a thread loads one word of bits for each of its rows from
-global memory, and for biased ones pairs of biases: all of them if they have 16 bits, with fp32 those of one row, which
-are as many registers; the other row's follow when the scores are there. These loads are issued behind the block's
-WGMMAs: ptxas has a WGMMA wait for every load that is under way, and a warpgroup would wait in its turn. The producer
-has L2 fetch the biases of a block when it loads its K.
+global memory before it waits for the block's scores, and for biased ones pairs of biases: all of them if they have 16
+bits, with fp32 those of one row, which are as many registers; the other row's follow when the scores are there.
 
 Biases are added in units of Q Kᵀ. Where some are far from 0, scores are then cut off at ± bias_limit, a power of two
 that stands for a bias of 2^18 … 2^19: huge numbers would lose, in s·c - m·c, what exp2 is to see of them. That of a
@@ -17,12 +15,10 @@ Costs differ between tiles as with a causal mask, so the scheduler takes its ord
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64, pipeline
-from cutlass.cutlass_dsl import dsl_user_op
+from cutlass import Boolean, Float32, Int32, pipeline
 
 from ..common import softmax
-from ..common.assembly import assemble
-from ..common.fragments import end_of_block, rows_by_columns
+from ..common.fragments import rows_by_columns
 from ..common.mask import mask_bits
 from ..common.scheduler import Tiles, find_tile
 from ..key import KernelKey
@@ -103,8 +99,7 @@ class MaskedForward(Forward):
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
-        mask = scoring.mask
-        n_block = self._entries(mask, m_block, head, batch)[LIST_HEADER]
+        n_block = self._entries(scoring.mask, m_block, head, batch)[LIST_HEADER]
         head_kv = head // qhead_per_kvhead
         load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
         k_state.advance()
@@ -112,20 +107,17 @@ class MaskedForward(Forward):
         q_state.advance()
         while is_valid:
             gK, gV = gmem.k[None, None, head_kv, batch], gmem.v[None, None, head_kv, batch]
-            entries = self._entries(mask, m_block, head, batch)
+            entries = self._entries(scoring.mask, m_block, head, batch)
             for i in cutlass.range(1, entries[2], unroll=1):
                 next_block = entries[LIST_HEADER + i]
                 load_tile(atoms.k, gK, smem.k, next_block, pipelines.k, k_state)
                 k_state.advance()
-                if cutlass.const_expr(mask.bias is not None):
-                    if i >= entries[1]:
-                        self._fetch_biases(mask.bias, head, batch, m_block, next_block)
                 load_tile(atoms.v, gV, smem.v, n_block, pipelines.v, v_state)
                 v_state.advance()
                 n_block = next_block
             last = n_block
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
-            n_block = self._entries(mask, m_block, head, batch)[LIST_HEADER]
+            n_block = self._entries(scoring.mask, m_block, head, batch)[LIST_HEADER]
             head_kv = head // qhead_per_kvhead
             if is_valid:
                 load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
@@ -134,16 +126,6 @@ class MaskedForward(Forward):
             q_state.advance()
             load_tile(atoms.v, gV, smem.v, last, pipelines.v, v_state)
             v_state.advance()
-
-    @cute.jit
-    def _fetch_biases(self, mBias: cute.Tensor, head: Int32, batch: Int32, m_block: Int32, n_block: Int32) -> None:
-        """Have L2 fetch the biases of a tile, but for the 16 bytes at its edge that are not aligned; a warp."""
-        num_bytes = self.tile_n * self.bias_dtype.width // 8
-        for i in cutlass.range_constexpr(self.tile_m // 32):
-            row = m_block * self.tile_m + 32 * i + cute.arch.lane_idx()
-            if row < mBias.shape[2]:
-                start = mBias.iterator + cute.crd2idx((batch, head, row, n_block * self.tile_n), mBias.layout)
-                _fetch(start.toint() & -16, num_bytes)
 
     @cute.jit
     def _first_weights(
@@ -170,9 +152,7 @@ class MaskedForward(Forward):
                     early = self._biases(self.early_rows)
                     self._load_biases(early, mask.bias, head, batch, first_row, n_block)
                     self._add_biases(acc_S, early, mask, head, batch, first_row, n_block, entries[3] != 0)
-            words = cute.make_rmem_tensor(2, Int32)
-            self._load_words(words, mask, head, batch, of_bits, first_row)
-            mask_bits(acc_S, words)
+            mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
         softmax.first_weights(acc_S, regs.tOrP, regs.row_max, regs.row_sum, scoring.scale_log2)
         regs.acc_O.fill(0.0)
 
@@ -201,27 +181,22 @@ class MaskedForward(Forward):
             self._softmax(acc_S, regs, scoring)
             k_state.advance()
             v_state.advance()
-        words = cute.make_rmem_tensor(2, Int32)
         for i in cutlass.range(cutlass.max(whole_end, 1), bits_end, unroll=1):
-            n_block = entries[LIST_HEADER + i]
-            acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
-            self._load_words(words, mask, head, batch, n_block, first_row)
-            end_of_block(scoring.scale_log2 < 0.0)  # or ptxas would wait for the scores before it loads
-            self._end_block(acc_S, pipelines, k_state, v_state, scoring)
+            words = self._words(mask, head, batch, entries[LIST_HEADER + i], first_row)
+            acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
             mask_bits(acc_S, words)
             self._softmax(acc_S, regs, scoring)
             k_state.advance()
             v_state.advance()
         if cutlass.const_expr(mask.bias is not None):
-            early = self._biases(self.early_rows)
+            is_far = entries[3] != 0
             for i in cutlass.range(cutlass.max(bits_end, 1), end, unroll=1):
                 n_block = entries[LIST_HEADER + i]
-                acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
+                words = self._words(mask, head, batch, n_block + self._num_blocks(seqlen_k), first_row)
+                early = self._biases(self.early_rows)
                 self._load_biases(early, mask.bias, head, batch, first_row, n_block)
-                self._load_words(words, mask, head, batch, n_block + self._num_blocks(seqlen_k), first_row)
-                end_of_block(scoring.scale_log2 < 0.0)
-                self._end_block(acc_S, pipelines, k_state, v_state, scoring)
-                self._add_biases(acc_S, early, mask, head, batch, first_row, n_block, entries[3] != 0)
+                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
+                self._add_biases(acc_S, early, mask, head, batch, first_row, n_block, is_far)
                 mask_bits(acc_S, words)
                 self._softmax(acc_S, regs, scoring)
                 k_state.advance()
@@ -232,18 +207,13 @@ class MaskedForward(Forward):
         return (seqlen_k + self.tile_n - 1) // self.tile_n
 
     @cute.jit
-    def _load_words(
-        self,
-        words: cute.Tensor,  # (2,) Int32, out: the bits of this thread's rows
-        mask: TileMask,
-        head: Int32,
-        batch: Int32,
-        of_bits: Int32,
-        first_row: Int32,
-    ) -> None:
+    def _words(self, mask: TileMask, head: Int32, batch: Int32, of_bits: Int32, first_row: Int32) -> cute.Tensor:
+        """(2,) Int32: the bits of this thread's rows."""
+        words = cute.make_rmem_tensor(2, Int32)
         rows = mask.bits[batch, head, of_bits, None, cute.arch.lane_idx() % 4]
         for r in cutlass.range_constexpr(2):
             words[r] = rows[first_row + 8 * r]
+        return words
 
     def _biases(self, rows: int) -> cute.Tensor:
         """Registers for the biases of so many rows of a thread: (pair, pairs of a row, rows)."""
@@ -297,13 +267,6 @@ class MaskedForward(Forward):
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 score = cute.arch.fmax(acc_S[i], -mask.bias_limit, nan=True)
                 acc_S[i] = cute.arch.fmin(score, mask.bias_limit, nan=True)
-
-
-@dsl_user_op
-def _fetch(address: Int64, num_bytes: int, *, loc=None, ip=None) -> None:
-    """Have L2 fetch so many bytes of global memory; both are multiples of 16."""
-    code = f"cp.async.bulk.prefetch.L2.global [$0], {num_bytes};"
-    assemble(None, [address.ir_value(loc=loc, ip=ip)], code, "l", loc=loc, ip=ip)
 
 
 def example_arguments(key: KernelKey) -> tuple:
