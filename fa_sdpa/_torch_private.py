@@ -6,7 +6,6 @@ installed, so that a torch that moved one is refused by name instead of failing 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import os
@@ -297,19 +296,26 @@ KEYSET = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 class Override:
     """Replaces SDPA's CompositeImplicitAutograd kernel: reached by Python and C++ callers, after autocast's kernel
-    and before autograd's, so that both stay torch's own."""
+    and before autograd's, so that both stay torch's own.
 
-    def __init__(self, kernel: Callable[..., torch.Tensor]) -> None:
-        self._kernel = kernel
+    Args:
+        kernel: serves calls in which no tensor is nested.
+        of_nested: serves those in which one is, the mask or a subclass included. Telling them apart by the dispatcher
+            is free.
+    """
+
+    def __init__(self, kernel: Callable[..., torch.Tensor], of_nested: Callable[..., torch.Tensor]) -> None:
+        self._kernels = {"CompositeImplicitAutograd": kernel, "CompositeImplicitAutogradNestedTensor": of_nested}
         self._library: torch.library.Library | None = None
 
     def install(self) -> None:
-        leave_frame_to_python(self._kernel, and_its_callees=True)
         self._library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(Warning only once for all operators|Overriding a previously)")
-            self._library.impl(OP, self._kernel, "CompositeImplicitAutograd", allow_override=True)
-        self._in_use = torch.library.get_kernel(OP, "Undefined")
+            for key, kernel in self._kernels.items():
+                leave_frame_to_python(kernel, and_its_callees=True)
+                self._library.impl(OP, kernel, key, allow_override=True)
+        self._in_use = [torch.library.get_kernel(OP, key) for key in ("Undefined", "NestedTensorCPU")]
 
     def uninstall(self) -> None:
         """Take the kernel out, but keep it alive: another thread may be running it."""
@@ -319,8 +325,8 @@ class Override:
 
 
 def native_kernel() -> Callable[..., torch.Tensor]:
-    """Torch's own SDPA, called with the op's arguments. To be taken while no Override is installed."""
-    return functools.partial(torch.library.get_kernel(OP, "Undefined").call_boxed, KEYSET)
+    """Torch's own SDPA, called with KEYSET and the op's arguments. To be taken while no Override is installed."""
+    return torch.library.get_kernel(OP, "Undefined").call_boxed
 
 
 def leave_frame_to_python(function: Callable[..., Any], *, and_its_callees: bool) -> None:

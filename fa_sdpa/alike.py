@@ -24,9 +24,10 @@ class Alike:
         facts: all else that has to be equal.
         run: what serves such a call; None if that is torch.
         tick: counts one.
+        modes: the modes of the process and thread that have to be as they were; None if they make no difference.
     """
 
-    __slots__ = ("same", "facts", "run", "tick", "next")
+    __slots__ = ("same", "facts", "run", "tick", "modes", "next")
 
     def __init__(
         self,
@@ -34,8 +35,9 @@ class Alike:
         facts: tuple[Any, ...],
         run: Callable[..., Any] | None = None,
         tick: Callable[[], Any] = lambda: None,
+        modes: tuple[Any, ...] | None = None,
     ) -> None:
-        self.same, self.facts, self.run, self.tick = same, facts, run, tick
+        self.same, self.facts, self.run, self.tick, self.modes = same, facts, run, tick, modes
         self.next = self  # those that came after these the last time
 
 
@@ -62,21 +64,21 @@ class Memory:
         self.epoch = 0  # changes whenever all is forgotten
         self.latest = Alike(never, ())
 
-    def find(self, facts: tuple[Any, ...], *tensors: Tensor) -> Alike | None:
-        """Those like a call with these plain strided tensors and hashable facts, if one of them was kept."""
-        found = self._kept.get(_key(facts, tensors))
+    def find(self, facts: tuple[Any, ...], *tensors: Tensor, modes: tuple[Any, ...] = ()) -> Alike | None:
+        """Those like a call with these plain strided tensors, hashable facts and modes, if one of them was kept."""
+        found = self._kept.get(_key((*facts, *modes), tensors))
         if found is None or not found.same(*tensors):
             return None
         self.latest.next = self.latest = found
         return found
 
-    def keep(self, alike: Alike, epoch: int, *tensors: Tensor) -> None:
-        """Keep a call, and find those that are like it from now on, unless all that was known at ``epoch`` has been
-        forgotten since."""
+    def keep(self, alike: Alike, epoch: int, *tensors: Tensor, modes: tuple[Any, ...] = ()) -> None:
+        """Keep a call that was made in these modes, and find those that are like it from now on, unless all that was
+        known at ``epoch`` has been forgotten since."""
         if len(self._kept) >= self._limit and epoch == self.epoch:
             self.forget()
             epoch = self.epoch
-        key = _key(alike.facts, tensors)
+        key = _key((*alike.facts, *modes), tensors)
         self._kept[key] = alike
         self.latest.next = self.latest = alike
         if epoch != self.epoch:  # looked at last: what is put in after the epoch changed may have been missed there

@@ -92,7 +92,8 @@ _undisturbed, _is_grad_enabled, _is_deterministic = (
     private.is_grad_enabled,
     private.is_deterministic,
 )
-_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``
+_KEYSET = private.KEYSET
+_native: Callable[..., Tensor]  # what was the op's kernel before, from ``take_native_kernel``; wants _KEYSET first
 
 
 def take_native_kernel() -> None:
@@ -114,10 +115,8 @@ def sdpa(
     token = thread.token or process.token
     if token != OFF:
         alike = _calls.latest.next
-        run = alike.run
         foreseen = (
-            not (query.is_nested or key.is_nested or value.is_nested)
-            and alike.same(query, key, value)
+            alike.same(query, key, value)
             and alike.facts  # == _facts(token, …), but here the call of a function counts
             == (
                 token,
@@ -125,41 +124,57 @@ def sdpa(
                 dropout_p,
                 is_causal,
                 tuple(named.items()) if named else (),
-                _is_grad_enabled(),
-                _is_deterministic(),
             )
+            and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
         )
-        if foreseen and run is None:
+        if foreseen and alike.run is None:
             _calls.latest = alike
             alike.tick()
         elif foreseen and _undisturbed():
             _calls.latest = alike
             alike.tick()
-            return run(query, key, value)  # type: ignore[misc]
+            return alike.run(query, key, value)  # type: ignore[misc]
         else:
             out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
             if out is not None:
                 return out
     if named or is_causal or dropout_p:
-        return _native(query, key, value, attn_mask, dropout_p, is_causal, **named)
+        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
     if attn_mask is None:  # fewer arguments cost less
-        return _native(query, key, value)
-    return _native(query, key, value, attn_mask)
+        return _native(_KEYSET, query, key, value)
+    return _native(_KEYSET, query, key, value, attn_mask)
+
+
+def sdpa_of_nested(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **named: Any,
+) -> Tensor:
+    """The same where a tensor is nested, which must not come to the check of those that are alike: it would end the
+    process."""
+    token = thread.token or process.token
+    out = None
+    if token != OFF:
+        out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
+    if out is None:
+        out = _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
+    return out
 
 
 def _facts(
     token: str, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, named: dict[str, Any]
 ) -> tuple[Any, ...]:
-    """What calls that are alike share besides their tensors."""
-    return (
-        token,
-        None if attn_mask is None else attn_mask.dtype,
-        dropout_p,
-        is_causal,
-        tuple(named.items()),
-        _is_grad_enabled(),
-        _is_deterministic(),
-    )
+    """What calls that are alike share besides their tensors and modes."""
+    return token, None if attn_mask is None else attn_mask.dtype, dropout_p, is_causal, tuple(named.items())
+
+
+def _modes() -> tuple[bool, bool]:
+    """The modes that a decision may depend on."""
+    return _is_grad_enabled(), _is_deterministic()
 
 
 def _looked_at(
@@ -182,9 +197,9 @@ def _looked_at(
         _unusual(*given).tick()
         return None
     tensors, epoch = (query, key, value), _calls.epoch
-    facts = _facts(token, attn_mask, dropout_p, is_causal, named)
+    facts, modes = _facts(token, attn_mask, dropout_p, is_causal, named), _modes()
     strided = query.layout is key.layout is value.layout is torch.strided
-    alike = _calls.find(facts, *tensors) if strided else None
+    alike = _calls.find(facts, *tensors, modes=modes) if strided else None
     if alike is not None and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
@@ -194,7 +209,9 @@ def _looked_at(
     if not counted.routed:
         counted.tick()
         if strided and call in _decided:
-            _calls.keep(Alike(private.same_tensors(*tensors), facts, None, counted.tick), epoch, *tensors)
+            matter = None if _left_in_all_modes(call, *tensors) else modes
+            alike = Alike(private.same_tensors(*tensors), facts, None, counted.tick, matter)
+            _calls.keep(alike, epoch, *tensors, modes=modes)
         return None
     call = call._replace(circumstances=_circumstances(*tensors, attn_mask))  # they can only take a call away from fa4
     if call.circumstances != _ORDINARY:
@@ -211,8 +228,22 @@ def _looked_at(
         and private.nothing_changes_ops()
     ):
         run = attention.prepared(*tensors, out.requires_grad, is_causal=is_causal, scale=scale)
-        _calls.keep(Alike(private.same_tensors(*tensors), facts, run, counted.tick), epoch, *tensors)
+        alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes)
+        _calls.keep(alike, epoch, *tensors, modes=modes)
     return out
+
+
+def _left_in_all_modes(call: Call, *tensors: Tensor) -> bool:
+    """Whether a call that is left to torch is left by the same reasons whatever its modes: who repeats it need not ask
+    for them. Where no tensor requires gradients, grad mode makes no difference."""
+    codes = _codes(decide_call(call, act=False))
+    recorded = (False, True) if any(x.requires_grad for x in tensors) else (False,)
+    others = (call._replace(needs_grad=g, deterministic=d) for g in recorded for d in (False, True))
+    return all(_codes(decide_call(other, act=False)) == codes for other in others)
+
+
+def _codes(decision: Decision) -> tuple[bool, tuple[str, ...]]:
+    return decision.routed, tuple(reason.code for reason in decision.reasons)
 
 
 def _by_op(

@@ -189,7 +189,7 @@ class _Installation:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._override = private.Override(router.sdpa)
+        self._override = private.Override(router.sdpa, router.sdpa_of_nested)
         self._checkpoint = private.CheckpointBinding(_bind, _bind_off)
         self._handlers = private.DynamoHandlers(
             current_token, traced_token, router.routes, router.routed_in_graph, router.fa4_in_graph

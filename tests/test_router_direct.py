@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import fa_sdpa
 from fa_sdpa import router
 from fa_sdpa.kernels import launch
-from fa_sdpa.meta.spec import Options
+from fa_sdpa.meta.spec import Decision, Options, Reason
 from fa_sdpa.meta.target import Target
 from fa_sdpa.ops import attention
 
@@ -174,6 +174,68 @@ def test_nested_tensors_after_calls_that_repeat(place):
         with pytest.raises(RuntimeError):
             torch.ops.fa4.attention_fwd(*x[:place], nested, *x[place + 1 :])
     assert "nested" in fa_sdpa.stats().eager.reasons
+
+
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_calls_are_torchs(around, layout):
+    """In every mode they go to the kernel that is theirs, and not past the check of those that repeat."""
+    jagged = layout is torch.jagged
+    rows = [torch.randn(n, 4, 8).transpose(0, 0 if jagged else 1) for n in (17, 9)]
+    with fa_sdpa.enable("always"), around():
+        x = [torch.nested.nested_tensor(rows, layout=layout, requires_grad=True) for _ in range(3)]
+        x = [t.transpose(1, 2) for t in x] if jagged else x
+        sdpa(*qkv())
+        sdpa(*qkv())
+        out = sdpa(*x)
+        with fa_sdpa.disable():
+            expected = sdpa(*x)
+    for given, right in zip(out.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(given, right, rtol=0, atol=0)
+    assert out.requires_grad == expected.requires_grad
+    assert jagged or "nested" in fa_sdpa.stats().eager.reasons
+
+
+def test_a_nested_mask_is_torchs_to_refuse():
+    x, mask = qkv(), torch.nested.nested_tensor([torch.zeros(17, 17), torch.zeros(9, 9)])
+    with pytest.raises(RuntimeError) as native:
+        sdpa(*x, mask)
+    with fa_sdpa.enable("always"):
+        for _ in range(3):
+            with pytest.raises(RuntimeError) as ours:
+                sdpa(*x, mask)
+    assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("in_all_modes", [True, False])
+def test_modes_that_decide_are_asked_for(in_all_modes, monkeypatch):
+    """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold."""
+    if not in_all_modes:
+
+        def decide_call(call, **how):
+            if call.needs_grad or call.deterministic:
+                return Decision("native", (Reason("grad" if call.needs_grad else "deterministic", "a test"),))
+            return Decision("native", (Reason("neither", "a test"),))
+
+        monkeypatch.setattr(router, "decide_call", decide_call)
+    x = qkv(requires_grad=True)
+    options = {"dropout_p": 0.5} if in_all_modes else {}
+    with fa_sdpa.enable("always"):
+        for _ in range(3):
+            for _ in range(2):
+                sdpa(*x, **options)
+            with torch.no_grad():
+                for _ in range(2):
+                    sdpa(*x, **options)
+                torch.use_deterministic_algorithms(True)
+                try:
+                    for _ in range(2):
+                        sdpa(*x, **options)
+                finally:
+                    torch.use_deterministic_algorithms(False)
+    expected = {"dropout": 18} if in_all_modes else {"grad": 6, "neither": 6, "deterministic": 6}
+    assert fa_sdpa.stats().eager.reasons == expected
+    assert (router._calls.latest.modes is None) == in_all_modes
 
 
 def test_calls_in_turns(through_op):
