@@ -8,7 +8,8 @@ qualify` on an H100, get a model of time fitted to it. So do the others whose fo
 sm90_forward.py; their host's time is that of host_overhead_h100.json. The rest get thresholds: the shortest measured
 length from which on we are at least as fast as torch's default at every longer one, training by forward and backward
 together. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the
-host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens.
+host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens. Forwards with an attn_mask have
+thresholds by the masks of sm90_masks.py, boolean or floating: the one we do worst at decides, prepared in every call.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from provenance import RESULTS, ROOT  # first: it makes this checkout importable
+from sm90_masks import MASKS
 
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.meta import fit
-from fa_sdpa.meta.crossover import Crossover, Direction, Rule, to_json
+from fa_sdpa.meta.crossover import Crossover, Direction, Mask, Rule, to_json
 from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
 QUALIFY, HOST = "qualify_h100", "host_overhead_h100"
 FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100",)
+MASKED = ("sm90_masks_h100",)
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
 NUM_SMS = 132
 
@@ -117,6 +120,21 @@ def thresholds(direction: Direction, of: dict[tuple[int, bool, int], tuple[float
     return found
 
 
+def masked() -> list[Rule]:
+    """Rules for forwards with an attn_mask."""
+    found = []
+    kinds: dict[Mask, tuple[str, ...]] = {"bool": ("bool",), "float": ("bf16", "fp16", "fp32")}
+    for mask, dtypes in kinds.items():
+        worst: dict[tuple[int, bool, int], tuple[float, float]] = {}
+        for row in rows(MASKED):
+            cell = row["head_dim"], False, row["seqlen"]
+            if MASKS[row["mask"]] in dtypes and row["torch"]:
+                times = 1 / row["ours, fresh"], 1 / row["torch"]
+                worst[cell] = max(worst.get(cell, times), times, key=lambda pair: pair[0] / pair[1])
+        found += [rule._replace(mask=mask) for rule in thresholds("forward", worst)]
+    return found
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -130,13 +148,13 @@ def table() -> str:
     there = {kind_of_rule(rule) for rule in rules}
     rest = [*thresholds("forward", forward), *thresholds("training", training)]
     rules += [rule for rule in rest if kind_of_rule(rule) not in there]
-    provenance = {
-        name: about["provenance"] for name in (QUALIFY, *FORWARD, *BACKWARD, HOST) if (about := content(name))
-    }
-    files = ", ".join(f"{name}.json ({about['commit'][:7]})" for name, about in provenance.items())
+    rules += masked()
+    files = (QUALIFY, *FORWARD, *BACKWARD, *MASKED, HOST)
+    provenance = {name: about["provenance"] for name in files if (about := content(name))}
+    sources = ", ".join(f"{name}.json ({about['commit'][:7]})" for name, about in provenance.items())
     newest = max(provenance.values(), key=lambda about: about["date"])
     about = {
-        "source": f"this library's kernels against torch's default backend: benchmarks/results/{files}",
+        "source": f"this library's kernels against torch's default backend: benchmarks/results/{sources}",
         **{name: newest[name] for name in ("device", "torch", "cudnn", "date")},
         "protocol": " ".join((__doc__ or "").split("\n\n")[2].split()),
     }

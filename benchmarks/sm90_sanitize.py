@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -31,12 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from forward_cases import Case
+    from mask_cases import MaskedCase
 
     from fa_sdpa.kernels.key import KernelKey
     from fa_sdpa.meta.target import Target
@@ -47,19 +49,22 @@ CONTROL = Path(__file__).with_name("racecheck_control.cu")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-DIRECTIONS = ("forward", "backward")
+DIRECTIONS = ("forward", "backward", "masked")  # the last is the forward with an attn_mask
 
 
 def code_path(key: KernelKey) -> tuple[Any, ...]:
     """What two kernels share that differ only in dtype and head dims: the roles' control flow, all but the widths."""
     from fa_sdpa.kernels.sm90.config import BackwardConfig, ForwardConfig
 
+    if key.direction == "mask":
+        return key.direction, key.dtype == "bool", key.tile_m
     config_class = ForwardConfig if key.direction == "forward" else BackwardConfig
     config = config_class(**{field.name: getattr(key, field.name) for field in dataclasses.fields(config_class)})
     choices = {name: getattr(config, name) for name, kind in vars(config_class).items() if isinstance(kind, property)}
     fields = dataclasses.asdict(key)
     for name in ("dtype", "head_dim", "head_dim_v", *(["tile_n"] if key.direction == "forward" else [])):
         del fields[name]
+    fields["attn_mask"] = key.attn_mask.replace("fp16", "bf16")  # biases of 16 bits
     return (*sorted(fields.items()), *((name, value) for name, value in choices.items() if isinstance(value, bool)))
 
 
@@ -159,7 +164,52 @@ def backward_cases() -> list[tuple[Case, int]]:
     return [*((case._replace(spread=2.0), 3) for case in (*plain, *others, *optional)), *orders]
 
 
-CASES = {"forward": forward_cases, "backward": backward_cases}
+def masked_cases() -> list[tuple[MaskedCase, int]]:
+    """The same for the forward with a mask. Biases are read where they are: a copy would be a kernel's write."""
+    from forward_cases import Case
+    from mask_cases import MaskedCase
+
+    from fa_sdpa.meta.spec import Options
+
+    hidden = [
+        MaskedCase(Case("bf16", d, d, 2, 4, 2, q, k, options), "bool", content, broadcast=broadcast, layout=layout)
+        for d in (64, 128, 256)
+        for q, k, options, content, broadcast, layout in (
+            (300, 500, Options(), "both", ".1..", "plain"),
+            (300, 500, Options(is_causal=True), "padding", ".11.", "shifted"),
+            (129, 700, Options(window_left=150, window_right=30), "random", "....", "strided"),
+            (1, 400, Options(), "left padding", ".11.", "plain"),
+            (70, 100, Options(), "nothing", "11..", "expanded"),
+        )
+    ]
+    biased = [
+        MaskedCase(Case("bf16", d, d, 1, 4, 2, q, k), dtype, content, fill, bias, broadcast, "roomy")
+        for d in (64, 128, 256)
+        for dtype in ("bf16", "fp32")
+        for q, k, content, fill, bias, broadcast in (
+            (300, 500, "both", -math.inf, "normal", "...."),
+            (300, 512, "blocks", "lowest", "none", "1..."),
+            (129, 258, "random", -1e9, "slopes", ".1.."),
+            (70, 258, "all", -math.inf, "slopes", "1.1."),
+            (1, 400, "nothing", "lowest", "none", "1111"),
+        )
+    ]
+    optional = [
+        MaskedCase(
+            Case("bf16", d, d, 1, 4, 2, 300, 400, Options(softcap=softcap), sink), dtype, "random", layout="roomy"
+        )
+        for d in (128, 256)
+        for dtype in ("bool", "bf16", "fp32")
+        for softcap, sink in ((30.0, False), (0.0, True))
+    ]
+    return [(masked, 3) for masked in (*hidden, *biased, *optional)]
+
+
+CASES: dict[str, Callable[[], Sequence[tuple[Any, int]]]] = {
+    "forward": forward_cases,
+    "backward": backward_cases,
+    "masked": masked_cases,
+}
 
 
 def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
@@ -167,8 +217,11 @@ def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
     from backward_cases import Drawn
     from backward_cases import keys_of as backward_keys_of
     from forward_cases import H100, keys_of
+    from mask_cases import keys_of as mask_keys_of
 
-    def launched(direction: str, case: Case, target: Target) -> list[KernelKey]:
+    def launched(direction: str, case: Any, target: Target) -> list[KernelKey]:
+        if direction == "masked":
+            return mask_keys_of([(case.case, case.dtype)], target)
         if direction == "forward":
             return keys_of([case], target)
         return backward_keys_of([Drawn(case, "as_out", end_to_end=False)], target)
@@ -186,10 +239,10 @@ def run_cases(directions: Sequence[str]) -> None:
     import torch
 
     torch.manual_seed(0)
-    slowest: tuple[float, Case | None] = 0.0, None
+    slowest: tuple[float, Any] = 0.0, None
     count = 0
     for direction in directions:
-        verify = verify_forward if direction == "forward" else verify_backward
+        verify = VERIFY[direction]
         for case, num_sms in CASES[direction]():
             start = time.perf_counter()
             verify(case, num_sms)
@@ -240,8 +293,38 @@ def verify_backward(case: Case, num_sms: int) -> None:
         assert off < 0.05 * ref.abs().max().item() + 1e-2, (name, off, case)
 
 
+def verify_masked(masked: MaskedCase, num_sms: int) -> None:
+    """As ``verify_forward``."""
+    import torch
+    from forward_cases import H100, inputs, on_target
+    from mask_cases import make_mask
+
+    from fa_sdpa import reference
+    from fa_sdpa.kernels import launch
+
+    case = masked.case
+    query, key, value, sink = inputs(case, source="cpu")
+    sink = None if sink is None else sink.cpu().float().cuda()
+    mask = make_mask(masked, "cpu")
+    launch.attention_fwd(query, key, value, sink, case.options, mask)
+    with on_target(H100._replace(num_sms=num_sms)):
+        out, _ = launch.attention_fwd(query, key, value, sink, case.options, mask)
+    query, key, value = (x.cpu().float() for x in (query, key, value))
+    sink, mask = None if sink is None else sink.cpu(), mask.cpu()
+    mask = mask if mask.dtype is torch.bool else mask.float()
+    ref, _ = reference.attention(query, key, value, attn_mask=mask, sink=sink, **case.options._asdict())
+    assert (out.cpu().float() - ref).abs().max().item() < 0.05 * ref.abs().max().item() + 1e-6, masked
+
+
+VERIFY: dict[str, Callable[[Any, int], None]] = {
+    "forward": verify_forward,
+    "backward": verify_backward,
+    "masked": verify_masked,
+}
+
+
 def run_control(direction: str) -> None:
-    """A launch that reads memory nobody wrote, the sink or the backward's lse, which initcheck must report."""
+    """A launch that reads memory nobody wrote (the sink, the mask, the backward's lse), which initcheck must report."""
     import torch
     from forward_cases import Case, inputs
 
@@ -252,6 +335,9 @@ def run_control(direction: str) -> None:
     query, key, value, _ = inputs(case, source="cpu")
     if direction == "forward":
         launch.attention_fwd(query, key, value, torch.empty(4, device="cuda"), case.options)
+    elif direction == "masked":
+        mask = torch.empty(300, 400, dtype=torch.bool, device="cuda")
+        launch.attention_fwd(query, key, value, None, case.options, mask)
     else:
         dout, out = (torch.randn(query.shape).to(query.dtype).cuda() for _ in range(2))
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cuda")

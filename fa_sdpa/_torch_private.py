@@ -384,9 +384,10 @@ class DynamoHandlers:
         token: the token that holds where it is called; the graph is guarded by its result on entry.
         traced_token: Dynamo traces it: the token of the innermost block in the graph, "" outside of all.
         routes: (token) → whether calls may be routed under that token at all.
-        decide: (token, whether an export is traced, the types of query, key and value, SDPA's arguments by name) →
-            whether this call is routed.
-        routed: Dynamo traces it in place of a routed call: (query, key, value, is_causal, scale, autocast dtypes).
+        decide: (token, whether an export is traced, the types of query, key, value and attn_mask if there is one,
+            SDPA's arguments by name) → whether this call is routed.
+        routed: Dynamo traces it in place of a routed call: (query, key, value, attn_mask, is_causal, scale, autocast
+            dtypes of the tensors).
     """
 
     def __init__(
@@ -461,10 +462,16 @@ class DynamoHandlers:
             return None
         _guard_sdp_flags(tx)
         examples = {name: _example(value) for name, value in given.items()}
-        if not self._decide(token, _exporting(tx), tuple(x.python_type() for x in tensors), examples):
+        mask = given["attn_mask"]
+        has_mask = examples["attn_mask"] is not None
+        if has_mask and not (isinstance(mask, VariableTracker) and mask.is_tensor()):
             return None
-        dtypes = tuple(autocast_dtype(examples[name]) for name in ("query", "key", "value"))
-        passed = (*tensors, given["is_causal"], given["scale"], dtypes)
+        types = tuple(x.python_type() for x in ([*tensors, mask] if has_mask else tensors))
+        if not self._decide(token, _exporting(tx), types, examples):
+            return None
+        names = ("query", "key", "value", "attn_mask") if has_mask else ("query", "key", "value")
+        dtypes = tuple(autocast_dtype(examples[name]) for name in names)
+        passed = (*tensors, mask, given["is_causal"], given["scale"], dtypes)
         return _inline(tx, self._routed, [_as_variable(tx, x) for x in passed], {})
 
     def _guarded_token(self, tx: Any) -> str:

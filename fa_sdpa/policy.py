@@ -10,7 +10,7 @@ import torch
 from . import kernels, tables
 from .kernels import quarantine
 from .kernels.jit import Jit
-from .meta.crossover import Crossover, Direction, Rule, rows_of
+from .meta.crossover import Crossover, Direction, Mask, Rule, rows_of
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 
@@ -92,9 +92,10 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool
     """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
     grouped = bool(spec.num_heads != spec.num_heads_kv)
+    mask: Mask = spec.mask if spec.mask in ("none", "bool") else "float"
     found, refused = policy.tables(target)
     for table in found:
-        rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, grouped)
+        rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, grouped, mask)
         if rule is None:
             continue
         if rule.fa4 is None:
@@ -161,5 +162,6 @@ def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_t
     dims = f"head_dim {spec.head_dim}"
     if spec.head_dim_v != spec.head_dim:
         dims += f", head_dim_v {spec.head_dim_v}"
-    what = f"{direction}, {dims}, is_causal={spec.is_causal} on {where}"
+    mask = "" if spec.mask == "none" else f", attn_mask {spec.mask}"
+    what = f"{direction}, {dims}, is_causal={spec.is_causal}{mask} on {where}"
     return Reason("not_measured", f"no measurement says that fa4 is faster: {what}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .meta.spec import AttentionSpec
+from .meta.spec import AttentionSpec, mask_kind
 
 SCHEMA = 1  # of the file
 FIELDS = ("query", "key", "value", "dtype", "device", "mask", "dropout_p", "is_causal", "enable_gqa", "needs_grad")
@@ -66,7 +66,7 @@ def _specs(calls: Iterable[dict[str, Any]]) -> Iterable[AttentionSpec]:
                 head_dim,
                 head_dim_v,
                 call["is_causal"],
-                "none" if call["mask"] is None else "bool" if call["mask"] == "bool" else "float",
+                mask_kind(call["mask"] and getattr(torch, call["mask"])),
                 call["dropout_p"],
                 needs_grad=call["needs_grad"],
             )

@@ -16,6 +16,7 @@ def attention(
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
     *,
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Sq, Sk); boolean, or added to the scores
     sink: Tensor | None = None,  # (H,)
     **options: Any,  # of meta.spec.Options
 ) -> tuple[Tensor, Tensor]:
@@ -38,13 +39,17 @@ def attention(
     if right is not None:
         hidden |= distance > right
     scores = scores.masked_fill(hidden, -math.inf)
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = (scores + attn_mask).masked_fill(attn_mask == -math.inf, -math.inf)  # gradients stay finite there
     if sink is not None:  # one more key that every row sees, with this score and a value of 0
         column = sink.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
         value = torch.cat((value, value.new_zeros((*value.shape[:2], 1, value.size(3)))), dim=2)
     lse = torch.logsumexp(scores, dim=-1)
     p = torch.softmax(scores, dim=-1).masked_fill((lse == -math.inf)[..., None], 0.0)
-    return p @ value, lse
+    return p.to(value.dtype) @ value, lse
 
 
 def excess(actual: Tensor, expected: Tensor, baseline: Tensor, floor: float = 0.0) -> float:

@@ -21,9 +21,10 @@ from . import _torch_private as private
 from . import record
 from .alike import Alike, Memory
 from .counts import Tally, tally
-from .kernels import jit, launch
+from .kernels import jit, launch, masks
 from .kernels.compile import KernelUnavailable
-from .meta.spec import AttentionSpec, Decision, Reason
+from .meta.shapes import mask_fits
+from .meta.spec import AttentionSpec, Decision, Reason, mask_kind
 from .meta.target import Target
 from .ops import VERSION, attention
 from .policy import decide
@@ -44,6 +45,8 @@ class Circumstances(NamedTuple):
     one_dtype: bool = True
     strided: bool = True  # not sparse, not mkldnn
     rows_contiguous: bool = True
+    mask_fits: bool = True  # attn_mask is strided, on the device of the others, and broadcasts to the scores
+    mask_needs_grad: bool = False
 
 
 _ORDINARY = Circumstances()
@@ -189,8 +192,9 @@ def _looked_at(
         if torch.compiler.is_exporting():
             tally("eager", Decision("native", (_EXPORT,))).tick()
         return None
-    if not _plain(query, key, value):
-        _unusual(query, key, value).tick()
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if not _plain(*given):
+        _unusual(*given).tick()
         return None
     tensors, epoch = (query, key, value), _calls.epoch
     facts, modes = _facts(token, attn_mask, dropout_p, is_causal, named), _modes()
@@ -209,14 +213,20 @@ def _looked_at(
             alike = Alike(private.same_tensors(*tensors), facts, None, counted.tick, matter)
             _calls.keep(alike, epoch, *tensors, modes=modes)
         return None
-    call = call._replace(circumstances=_circumstances(*tensors))  # they can only take a call away from fa4
+    call = call._replace(circumstances=_circumstances(*tensors, attn_mask))  # they can only take a call away from fa4
     if call.circumstances != _ORDINARY:
         counted = _decided.get(call) or _remember(call, epoch)
         counted.tick()
         return None
     counted.tick()
-    out = _by_op(query, key, value, is_causal, scale)
-    if out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
+    out = _by_op(query, key, value, attn_mask, is_causal, scale)
+    if (
+        attn_mask is None
+        and out is not None
+        and private.in_memory(*tensors)
+        and _undisturbed()
+        and private.nothing_changes_ops()
+    ):
         run = attention.prepared(*tensors, out.requires_grad, is_causal=is_causal, scale=scale)
         alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes)
         _calls.keep(alike, epoch, *tensors, modes=modes)
@@ -236,16 +246,21 @@ def _codes(decision: Decision) -> tuple[bool, tuple[str, ...]]:
     return decision.routed, tuple(reason.code for reason in decision.reasons)
 
 
-def _by_op(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor | None:
+def _by_op(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor | None:
     """The call through ``fa4::attention_fwd``; None if its first launch fails, which is said, and never comes again."""
     try:
-        return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+        if attn_mask is None:
+            return _fa4(query, key, value, is_causal=is_causal, scale=scale)[0]
+        with masks.in_eager_mode():
+            return _fa4(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)[0]
     except KernelUnavailable:
         return None
 
 
-def _plain(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    return all((type(x) is Tensor or type(x) is Parameter) and not x.is_nested for x in (query, key, value))
+def _plain(*tensors: Tensor) -> bool:
+    return all((type(x) is Tensor or type(x) is Parameter) and not x.is_nested for x in tensors)
 
 
 def _fields(
@@ -277,7 +292,7 @@ def _fields(
     )
 
 
-def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
+def _circumstances(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Circumstances:
     strided = query.layout is key.layout is value.layout is torch.strided
     return Circumstances(
         private.sdp_flags(),
@@ -288,7 +303,15 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor) -> Circumstances:
         query.dtype == key.dtype == value.dtype,
         strided,
         strided and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1,
+        attn_mask is None or _mask_fits(attn_mask, query, key),
+        attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled(),
     )
+
+
+def _mask_fits(attn_mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    if attn_mask.layout is not torch.strided or attn_mask.device != query.device or query.dim() != 4 or key.dim() != 4:
+        return False
+    return mask_fits(attn_mask.shape, (*query.shape[:3], key.shape[2]))
 
 
 def _remember(call: Call, epoch: int) -> Tally:
@@ -305,9 +328,8 @@ def _remember(call: Call, epoch: int) -> Tally:
     return counted
 
 
-def _unusual(query: Tensor, key: Tensor, value: Tensor) -> Tally:
-    nested = query.is_nested or key.is_nested or value.is_nested
-    return _unusual_tally((type(query), type(key), type(value)), nested)
+def _unusual(*tensors: Tensor) -> Tally:
+    return _unusual_tally(tuple(map(type, tensors)), any(x.is_nested for x in tensors))
 
 
 @functools.lru_cache(maxsize=256)
@@ -316,7 +338,7 @@ def _unusual_tally(types: tuple[type, ...], nested: bool) -> Tally:
 
 
 def _unusual_types(types: tuple[type, ...], nested: bool) -> tuple[Reason, ...]:
-    """Why query, key and value of these types stay with torch; empty if they are plain tensors."""
+    """Why tensors of these types stay with torch; empty if they are plain tensors."""
     reasons = []
     if nested:
         reasons.append(Reason("nested", "a nested tensor"))
@@ -335,8 +357,10 @@ _EXPORT = Reason("tracing", "torch.export is recording")
 def _call(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Call:
     """The whole call, as it looks before autocast has cast its inputs."""
     dtypes = [private.autocast_dtype(x) or x.dtype for x in (query, key, value)]
-    now = _circumstances(query, key, value)._replace(one_dtype=len(set(dtypes)) == 1)
-    return Call(*_fields(token, query, key, value, *options))._replace(dtype=dtypes[0], circumstances=now)
+    mask = options[0]
+    now = _circumstances(query, key, value, mask)._replace(one_dtype=len(set(dtypes)) == 1)
+    call = Call(*_fields(token, query, key, value, *options))._replace(dtype=dtypes[0], circumstances=now)
+    return call if mask is None else call._replace(mask=private.autocast_dtype(mask) or mask.dtype)
 
 
 # ---- the decision ----------------------------------------------------------------------------------------------------
@@ -378,7 +402,7 @@ def _spec(call: Call) -> AttentionSpec:
         head_dim,
         call.value[3],
         call.is_causal,
-        "none" if call.mask is None else "bool" if call.mask is torch.bool else "float",
+        mask_kind(call.mask),
         call.dropout_p,
         call.scale,
         call.needs_grad,
@@ -408,6 +432,11 @@ def _against_circumstances(now: Circumstances) -> list[Reason]:
         reasons.append(Reason("dtypes", "query, key and value are not of one dtype"))
     if not now.strided:
         reasons.append(Reason("layout", "query, key or value is sparse or of another layout without strides"))
+    if not now.mask_fits:
+        text = "attn_mask is sparse, on another device, or does not broadcast from 2 to 4 dimensions to (B, H, Sq, Sk)"
+        reasons.append(Reason("mask_shape", text))
+    if now.mask_needs_grad:
+        reasons.append(Reason("mask_gradient", "attn_mask requires a gradient, and fa4 gives none of it"))
     return reasons
 
 
@@ -420,6 +449,8 @@ def _against_shapes(call: Call) -> list[Reason]:
         return [_shapes("empty", "a size is 0", shapes)]
     same = private.equal
     agree = same(query[0], key[0]) and same(query[3], key[3]) and all(map(same, key[:3], value[:3]))
+    if call.mask is not None and call.is_causal:
+        return [Reason("mask_and_causal", "attn_mask and is_causal together, which some releases of torch refuse")]
     if not agree or not (same(query[1], key[1]) or call.enable_gqa and same(query[1] % key[1], 0)):
         return [_shapes("shapes", "shapes disagree, or broadcast, or head counts differ without enable_gqa", shapes)]
     return []
@@ -454,7 +485,7 @@ def routed_in_graph(token: str, exporting: bool, types: tuple[type, ...], argume
 
     Args:
         exporting: whether the graph is to be exported.
-        types: of query, key and value, as the traced program sees them.
+        types: of query, key, value and attn_mask if there is one, as the traced program sees them.
         arguments: SDPA's, by name: fake tensors, SymInts, constants, or ``private.unknown``.
     """
     decision = Decision("native", (_EXPORT,)) if exporting else _decide_in_graph(token, types, **arguments)
@@ -477,7 +508,8 @@ def _decide_in_graph(
     unclear = [name for name, kinds in _IN_GRAPH.items() if not isinstance(options[name], kinds)]
     if unclear:
         return Decision("native", (Reason("dynamic_argument", f"not constant in the graph: {', '.join(unclear)}"),))
-    unusual = _unusual_types(types, query.is_nested or key.is_nested or value.is_nested)
+    given = [query, key, value] if options["attn_mask"] is None else [query, key, value, options["attn_mask"]]
+    unusual = _unusual_types(types, any(x.is_nested for x in given))
     if unusual:
         return Decision("native", unusual)
     if not isinstance(options["scale"], float):
@@ -497,13 +529,19 @@ def fa4_in_graph(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    attn_mask: Tensor | None,
     is_causal: bool,
     scale: float | None,
     autocast: tuple[torch.dtype | None, ...],
 ) -> Tensor:
     """What Dynamo traces in place of a routed call; ``autocast`` has the dtype to cast each tensor to, if any."""
-    query, key, value = (x if to is None else x.to(to) for x, to in zip((query, key, value), autocast, strict=True))
-    return torch.ops.fa4.attention_fwd(query, key, value, is_causal=is_causal, scale=scale, version=VERSION)[0]
+    query, key, value = (x if to is None else x.to(to) for x, to in zip((query, key, value), autocast[:3], strict=True))
+    if attn_mask is None:
+        return torch.ops.fa4.attention_fwd(query, key, value, is_causal=is_causal, scale=scale, version=VERSION)[0]
+    attn_mask = attn_mask if autocast[3] is None else attn_mask.to(autocast[3])
+    return torch.ops.fa4.attention_fwd(
+        query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale, version=VERSION
+    )[0]
 
 
 def routes(token: str) -> bool:
@@ -532,7 +570,8 @@ def explain(
     """
     token = current_token()
     others = conflicts()
-    unusual = _unusual_types((type(query), type(key), type(value)), query.is_nested or key.is_nested or value.is_nested)
+    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    unusual = _unusual_types(tuple(map(type, given)), any(x.is_nested for x in given))
     off = () if routes(token) else (Reason("off", "routing is off here: fa_sdpa.enable() turns it on"),)
     if unusual or off:
         return Decision("native", (*off, *unusual, *others))

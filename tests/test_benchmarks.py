@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from fa_sdpa import reference
 from fa_sdpa.kernels import launch
 from fa_sdpa.meta.spec import Options
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import backward_cases  # noqa: E402
 import forward_cases  # noqa: E402
+import mask_cases  # noqa: E402
 import sm90_backward  # noqa: E402
 import sm90_forward  # noqa: E402
 from forward_cases import BREADTH, KV_LAYOUTS, PLAIN, SCORES, Case, random_case  # noqa: E402
@@ -194,3 +197,45 @@ def test_the_backward_gate_knows_when_memory_is_not_poisoned(monkeypatch):
     monkeypatch.setattr(launch, "attention_bwd", lambda *tensors: tensors[1:4])
     with pytest.raises(AssertionError, match="not filled with NaN"):
         backward_cases.check(backward_cases.Drawn(Case("bf16", 64, 64, 1, 2, 2, 9, 9), "as_out", False))
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def test_random_masked_cases_cover_kinds_of_masks_and_launch_known_kernels():
+    drawn = [mask_cases.random_masked_case(0, index) for index in range(1000)]
+    assert drawn[:50] == [mask_cases.random_masked_case(0, index) for index in range(50)]
+    for field, values in (
+        ("content", mask_cases.CONTENTS),
+        ("dtype", mask_cases.DTYPES),
+        ("fill", mask_cases.FILLS),
+        ("bias", mask_cases.BIASES),
+        ("broadcast", mask_cases.BROADCASTS),
+        ("layout", mask_cases.LAYOUTS),
+    ):
+        assert {getattr(masked, field) for masked in drawn} == set(values)
+    assert any(masked.case.heads != masked.case.heads_kv and masked.case.seqlen_q == 1 for masked in drawn)
+    assert {key.direction for key in mask_cases.keys_of((m.case, m.dtype) for m in drawn)} == {"forward", "mask"}
+
+
+@pytest.mark.parametrize("layout", mask_cases.LAYOUTS)
+@pytest.mark.parametrize("content", mask_cases.CONTENTS)
+def test_masks_are_the_same_in_every_layout(content, layout, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    case = Case("bf16", 64, 64, 2, 3, 3, 40, 50)
+    masked = mask_cases.MaskedCase(case, "bf16", content, bias="normal", broadcast=".1..")
+    made = []
+    for drawn in (masked, masked._replace(layout=layout)):
+        torch.manual_seed(0)
+        made.append(mask_cases.make_mask(drawn, "cpu"))
+    assert made[0].shape == (2, 1, 40, 50)
+    assert torch.equal(*made)
+
+
+def test_models_that_pass_masks_are_routed(tmp_path):
+    pytest.importorskip("transformers")
+    command = [sys.executable, ROOT / "benchmarks" / "masked_models.py", "--tiny", "--device", "cpu"]
+    shape = "--batch 3 --seqlen 24 --new-tokens 4 --rounds 1"
+    done = subprocess.run([*command, *shape.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'bert', 'routed': 2" in done.stdout and "'llama', 'routed': 8" in done.stdout

@@ -108,12 +108,12 @@ def test_counts_routed_calls_and_reasons(tmp_path, ending):
     (tmp_path / "script.py").write_text(CALLS + ending)
     options = ["--policy", "always", "--json", "counts.json"]
     done = python("-m", "fa_sdpa", "run", *options, "script.py", cwd=tmp_path)
-    assert "fa_sdpa: 3 SDPA calls routed to fa4, 2 left to torch (policy always)" in done.stderr
+    assert "fa_sdpa: 4 SDPA calls routed to fa4, 1 left to torch (policy always)" in done.stderr
     counts = json.loads((tmp_path / "counts.json").read_text())
-    assert (counts["policy"], counts["routed"], counts["native"]) == ("always", 3, 2)
-    assert counts["eager"]["reasons"] == {"policy_always": 3, "attn_mask": 1, "dropout": 1}
+    assert (counts["policy"], counts["routed"], counts["native"]) == ("always", 4, 1)
+    assert counts["eager"]["reasons"] == {"policy_always": 4, "dropout": 1}
     assert counts["compiled"]["routed"] == 0
-    assert "attn_mask 1" in done.stderr and "dropout 1" in done.stderr
+    assert "dropout 1" in done.stderr
 
 
 def test_policy_that_is_none(capsys):

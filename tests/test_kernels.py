@@ -25,8 +25,10 @@ from fa_sdpa.meta.spec import AttentionSpec, Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import backward_cases  # noqa: E402
+import mask_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
+from mask_cases import random_masked_case  # noqa: E402
 
 COMPILE_ALL = bool(os.environ.get("FA_SDPA_COMPILE_ALL"))  # make compile-all: every head dim with every option
 MASKS = (
@@ -89,7 +91,22 @@ BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns,
         (torch.bfloat16, 256, 8, False, False, False),
     )
 ]
-KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD)))
+MASKED = [  # biases take the most registers where O does
+    *(
+        config.forward_key(
+            torch.bfloat16, head_dim, head_dim_v, False, tile, softcap=options, sink=options, attn_mask=mask
+        )
+        for head_dim, head_dim_v, tile, options, mask in (
+            *((d, d, "normal", False, mask) for d in (64, 128, 192, 256) for mask in ("bf16", "fp32")),
+            *((d, d, "normal", False, "bool") for d in (64, 256)),
+            *((d, d, "small", False, mask) for d, mask in ((128, "bool"), (256, "bf16"), (256, "fp32"))),
+            (64, 256, "normal", False, "fp32"),
+            *((d, d, "normal", True, "fp32") for d in (128, 256)),
+        )
+    ),
+    *(config.mask_key(mask, *tile) for mask in ("bool", "fp16", "fp32") for tile in ((128, 128), (64, 64), (128, 80))),
+]
+KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD, *MASKED)))
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -136,6 +153,9 @@ def test_key_names_are_distinct_and_parse_back():
         {"tile_n": -16},
         {"stages": 0},
         {"window": True, "is_causal": True},
+        {"attn_mask": "int8"},
+        {"attn_mask": "bool", "is_causal": True},
+        {"attn_mask": "bool", "direction": "backward"},
         {"sink": True, "direction": "backward"},
         {"deterministic": True},
     ],
@@ -395,6 +415,23 @@ def test_windows_softcap_and_sink_are_supported():
     assert [reason.code for reason in kernels.unsupported(spec(softcap=float("inf")), H100)] == ["softcap"]
 
 
+def test_a_mask_is_prepared_whatever_the_head_dims():
+    with pytest.raises(ValueError, match="whatever the head dims"):
+        dataclasses.replace(config.mask_key("bool", 128, 128), head_dim=64)
+
+
+@pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
+def test_forwards_with_a_mask_are_supported(mask):
+    assert kernels.unsupported(spec(mask=mask), H100) == ()
+    assert [reason.code for reason in kernels.unsupported(spec(mask=mask, needs_grad=True), H100)] == ["attn_mask"]
+    assert [reason.code for reason in kernels.unsupported(spec(mask="fp16"), H100)] == ["attn_mask"]
+    for change in ({}, {"is_causal": True}, {"seqlen_q": 1}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
+        forward, preparation = launch.keys(spec(mask=mask, **change), H100)
+        assert (forward.direction, forward.attn_mask, preparation.direction) == ("forward", mask, "mask")
+        assert (preparation.dtype, preparation.tile_m, preparation.tile_n) == (mask, forward.tile_m, forward.tile_n)
+    assert len(launch.keys(spec(mask=mask), H100, any_size=True)) == 4
+
+
 def test_refusal_lists_every_reason():
     call = spec(
         dtype=torch.float32,
@@ -570,7 +607,9 @@ def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     forward = keys_of(random_case(0, index, BREADTH) for index in range(3000))
     backward = backward_cases.keys_of(backward_cases.draw(0, index) for index in range(3000))
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
-    missing = [key.name for key in (*forward, *backward) if sm90_sanitize.code_path(key) not in sanitized]
+    masked = map(random_masked_case, itertools.repeat(0), range(3000))
+    masked_keys = mask_cases.keys_of((masked_case.case, masked_case.dtype) for masked_case in masked)
+    missing = [key.name for key in (*forward, *backward, *masked_keys) if sm90_sanitize.code_path(key) not in sanitized]
     assert missing == []
 
 

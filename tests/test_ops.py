@@ -369,7 +369,7 @@ def test_no_kernel_raises_with_every_reason():
     """What the CUDA implementation raises by, on a device that is not here."""
     from fa_sdpa import kernels
 
-    spec = AttentionSpec(torch.float32, 1, 4, 4, 8, 8, 33, 33, mask="bool", dropout_p=0.1)
+    spec = AttentionSpec(torch.float32, 1, 4, 4, 8, 8, 33, 33, mask="fp64", dropout_p=0.1)
     codes = {reason.code for reason in kernels.unsupported(spec, Target("cuda", 90, "H100", 132, 232448))}
     assert codes >= {"dtype", "head_dim", "attn_mask", "dropout"}
     assert [r.code for r in kernels.unsupported(spec, Target("cuda", 70, "V100"))] == ["no_kernel_family"]

@@ -65,6 +65,19 @@ def test_decode_is_left_to_torch():
     assert codes(decide(LLAMA._replace(seqlen_q=1, is_causal=False), H100)) == ["below_crossover"]
 
 
+@pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
+def test_calls_with_a_mask_need_rules_of_their_own(mask):
+    kind = "bool" if mask == "bool" else "float"
+    spec = LLAMA._replace(mask=mask, is_causal=False)
+    rule = Rule("forward", (64, 128), False, ((1, 2048),), mask=kind)
+    table = Crossover(90, "test", (Rule("forward", (64, 128), False, ((1, 1),)), rule))
+    assert decide(spec, H100, Policy("auto", table)).routed
+    assert codes(decide(spec._replace(seqlen_k=1024), H100, Policy("auto", table))) == ["below_crossover"]
+    other = decide(spec, H100, Policy("auto", table._replace(rules=(table.rules[0], rule._replace(mask="none")))))
+    assert codes(other) == ["not_measured"] and f"attn_mask {mask}" in other.reasons[0].text
+    assert decide(spec, H100, Policy("always")).routed
+
+
 @pytest.mark.parametrize("head_dims", [(88, 88), (248, 248), (192, 128), (64, 128)])
 def test_what_runs_but_was_not_measured_is_left_to_torch(head_dims):
     spec = LLAMA._replace(head_dim=head_dims[0], head_dim_v=head_dims[1])

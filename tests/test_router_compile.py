@@ -527,11 +527,14 @@ def test_graph_broken_parts_are_routed_in_eager_mode():
 # ---- left to torch ---------------------------------------------------------------------------------------------------
 
 
+LEARNED_MASK = torch.zeros(17, 17, requires_grad=True)
+
+
 @pytest.mark.parametrize(
     "call, code",
     [
         (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=0.5), "dropout"),
-        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, q @ k.mT), "attn_mask"),
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, LEARNED_MASK), "mask_gradient"),
         (lambda q, k, v: F.scaled_dot_product_attention(q[0], k[0], v[0]), "not_4d"),
         (lambda q, k, v: F.scaled_dot_product_attention(q, k[:1], v[:1]), "shapes"),
         (torch.func.grad(lambda q, k, v: attend(q, k, v).sum()), "transform"),

@@ -207,10 +207,10 @@ def test_a_nested_mask_is_torchs_to_refuse():
     assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("masked", [True, False])
-def test_modes_that_decide_are_asked_for(masked, monkeypatch):
+@pytest.mark.parametrize("in_all_modes", [True, False])
+def test_modes_that_decide_are_asked_for(in_all_modes, monkeypatch):
     """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold."""
-    if not masked:
+    if not in_all_modes:
 
         def decide_call(call, **how):
             if call.needs_grad or call.deterministic:
@@ -219,23 +219,23 @@ def test_modes_that_decide_are_asked_for(masked, monkeypatch):
 
         monkeypatch.setattr(router, "decide_call", decide_call)
     x = qkv(requires_grad=True)
-    mask = torch.zeros(17, 17) if masked else None
+    options = {"dropout_p": 0.5} if in_all_modes else {}
     with fa_sdpa.enable("always"):
         for _ in range(3):
             for _ in range(2):
-                sdpa(*x, mask)
+                sdpa(*x, **options)
             with torch.no_grad():
                 for _ in range(2):
-                    sdpa(*x, mask)
+                    sdpa(*x, **options)
                 torch.use_deterministic_algorithms(True)
                 try:
                     for _ in range(2):
-                        sdpa(*x, mask)
+                        sdpa(*x, **options)
                 finally:
                     torch.use_deterministic_algorithms(False)
-    expected = {"attn_mask": 18} if masked else {"grad": 6, "neither": 6, "deterministic": 6}
+    expected = {"dropout": 18} if in_all_modes else {"grad": 6, "neither": 6, "deterministic": 6}
     assert fa_sdpa.stats().eager.reasons == expected
-    assert (router._calls.latest.modes is None) == masked
+    assert (router._calls.latest.modes is None) == in_all_modes
 
 
 def test_calls_in_turns(through_op):

@@ -66,7 +66,7 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "after disable()": after_disable,
     "on in another thread": on_in_another_thread,
     "left to torch by policy": lambda: fa_sdpa.enable("auto"),
-    "left to torch, attn_mask": lambda: fa_sdpa.enable("always"),
+    "left to torch, attn_mask": lambda: fa_sdpa.enable("auto"),
     "routed": lambda: fa_sdpa.enable("always"),
 }
 

@@ -37,7 +37,13 @@ from .key import KernelKey
 SCHEMA = 1  # of manifest.json
 LIBRARY, MANIFEST = "kernels.so", "manifest.json"
 GPU_ARCH = {90: "sm_90a"}  # the compiler's name of an arch
-CLASSES = {"forward": "Forward", "backward": "Backward", "forward_split": "SplitForward"}  # of a family's modules
+CLASSES = {  # of a family's modules
+    "forward": "Forward",
+    "backward": "Backward",
+    "forward_split": "SplitForward",
+    "forward_masked": "MaskedForward",
+    "mask": "Mask",
+}
 PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-core", "quack-kernels", "apache-tvm-ffi")
 
 THREADS = "fa_sdpa: "  # how the names of our threads begin
@@ -194,7 +200,7 @@ def _compile(key: KernelKey) -> Any:
     """Compile ``key``; needs no GPU. The result is callable and can be exported."""
     import cutlass.cute as cute
 
-    name = f"{key.direction}{'_split' * key.split}"
+    name = f"{key.direction}{'_split' * key.split}{'_masked' * bool(key.attn_mask)}"
     module = importlib.import_module(f"{__package__}.{FAMILIES[key.arch]}.{name}")
     built = getattr(module, CLASSES[name])(key)
     return cute.compile(built, *module.example_arguments(key), options=OPTIONS.format(arch=GPU_ARCH[key.arch]))

@@ -7,11 +7,13 @@ import re
 from typing import Any
 
 DTYPES = ("bf16", "fp16")
-DIRECTIONS = ("forward", "backward")
+MASK_DTYPES = ("bool", "bf16", "fp16", "fp32")
+DIRECTIONS = ("forward", "backward", "mask")
 _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
     r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
     r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?(?P<deterministic>_deterministic)?"
+    r"(?:_mask(?P<attn_mask>[a-z0-9]+))?"
 )
 
 
@@ -19,12 +21,14 @@ _NAME = re.compile(
 class KernelKey:
     """One compiled kernel. Sizes other than head dims, strides and scale are arguments of the kernel, not of its code.
 
+    With direction "mask", kernels that prepare a mask of ``dtype`` for a forward of these tiles; its head dims are 0.
+
     Raises ValueError for a value that no kernel can have; what one family can run is its ``config``'s business.
     """
 
     direction: str  # of DIRECTIONS
     arch: int  # compute capability times ten
-    dtype: str  # of DTYPES
+    dtype: str  # of DTYPES, or of MASK_DTYPES
     head_dim: int
     head_dim_v: int
     is_causal: bool
@@ -36,13 +40,22 @@ class KernelKey:
     sink: bool = False  # every row's softmax has one more score, an argument
     split: bool = False  # several CTAs share the keys of a tile, and their results are combined
     deterministic: bool = False  # the backward adds dq up in a fixed order
+    attn_mask: str = ""  # of MASK_DTYPES: the forward of calls with such a mask, whose tile lists and bits it gets
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
             raise ValueError(f"{self.direction=} must be one of {DIRECTIONS}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"{self.dtype=} must be one of {DTYPES}")
-        for name in ("head_dim", "head_dim_v"):
+        is_mask = self.direction == "mask"
+        dtypes = MASK_DTYPES if is_mask else DTYPES
+        if self.dtype not in dtypes:
+            raise ValueError(f"{self.dtype=} must be one of {dtypes}")
+        if is_mask and (self.head_dim or self.head_dim_v or self.is_causal or self.window or self.stages != 1):
+            raise ValueError("a mask is prepared whatever the head dims, is_causal and window: 0, False, and one stage")
+        if self.attn_mask and self.attn_mask not in MASK_DTYPES:
+            raise ValueError(f"{self.attn_mask=} must be one of {MASK_DTYPES}")
+        if self.attn_mask and (self.direction != "forward" or self.is_causal or self.window or self.split):
+            raise ValueError(f"{self.attn_mask=}: only a forward; its lists and bits stand for is_causal and window")
+        for name in () if is_mask else ("head_dim", "head_dim_v"):
             if getattr(self, name) <= 0 or getattr(self, name) % 8:
                 raise ValueError(f"self.{name}={getattr(self, name)} must be a positive multiple of 8")
         if self.tile_m <= 0 or self.tile_m % 16:
@@ -68,6 +81,7 @@ class KernelKey:
             f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
             f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}{'_softcap' * self.softcap}{'_sink' * self.sink}"
             f"{'_split' * self.split}{'_deterministic' * self.deterministic}"
+            f"{f'_mask{self.attn_mask}' if self.attn_mask else ''}"
         )
 
     @classmethod
@@ -79,6 +93,7 @@ class KernelKey:
         values: dict[str, Any] = {k: int(v) if v and v.isdigit() else v for k, v in match.groupdict().items()}
         mask = values.pop("mask")
         values["is_causal"], values["window"] = mask == "causal", mask == "window"
+        values["attn_mask"] = values["attn_mask"] or ""
         for flag in ("softcap", "sink", "split", "deterministic"):
             values[flag] = bool(values[flag])
         return cls(**values)

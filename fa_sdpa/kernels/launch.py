@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import _torch_private as private
 from ..meta.shapes import empty_grads, empty_out_lse
-from ..meta.spec import AttentionSpec, Options
+from ..meta.spec import AttentionSpec, MaskKind, Options, mask_kind
 from ..meta.target import Target
-from . import family_of
+from . import family_of, masks
 from .compile import Kernel
 from .jit import first_launch, kernel
 from .key import KernelKey
@@ -37,7 +37,26 @@ class _BackwardPlan(NamedTuple):
     config: sm90.BackwardConfig
 
 
+class _MaskedPlan(NamedTuple):
+    """The same for a call with a mask."""
+
+    run: Kernel
+    preparation: KernelKey
+    tile_m: int
+    tile_n: int
+
+    def load_preparation(self) -> Kernel:
+        """The kernels that prepare the mask."""
+        found = _preparations.get(self.preparation)
+        if found is not None:
+            return found
+        loaded = kernel(self.preparation)
+        return first_launch(self.preparation, loaded, lambda: _preparations.update({self.preparation: loaded}))
+
+
 _plans: dict[tuple, _Plan] = {}
+_masked_plans: dict[tuple, _MaskedPlan] = {}
+_preparations: dict[KernelKey, Kernel] = {}
 _backward_plans: dict[tuple, _BackwardPlan] = {}
 
 
@@ -59,6 +78,7 @@ def attention_fwd(
     value: Tensor,  # (B, H_kv, Sk, Dv)
     sink: Tensor | None,  # (H,)
     options: Options,
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Sq, Sk)
 ) -> tuple[Tensor, Tensor]:
     """Attention forward on the current stream of the tensors' CUDA device, with no synchronisation.
 
@@ -67,6 +87,7 @@ def attention_fwd(
             or a stride that is no multiple of 16 bytes) is copied first. H_kv divides H.
         sink: floating; one more score in the softmax of each row of a head, with a value of 0.
         options: is_causal, window, softcap as Options defines them; scale is positive and finite, None is 1/√D.
+        attn_mask: boolean, fp32 or of query's dtype, 2 to 4 dimensions, any strides; counts together with the options.
 
     Returns:
         out (B, H, Sq, Dv) in query's dtype and memory layout; lse (B, H, Sq) fp32, natural log. A row that sees no key
@@ -84,6 +105,9 @@ def attention_fwd(
         sink = sink.to(torch.float32).contiguous()
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf) if sink is None else lse.copy_(sink[:, None].expand_as(lse))
+    if attn_mask is not None:
+        _attend_masked(query, key, value, out, lse, attn_mask, sink, options)
+        return out, lse
     launch = _launch_of(query, key, value, sink is not None, options)
     rows = _packed(query, out, lse, key.shape[1]) if launch.packs else (query, out, lse)
     query, out_rows, lse_rows = rows
@@ -92,6 +116,44 @@ def attention_fwd(
     arguments = (*tensors, *launch.scalars, sink) if part is None else (*tensors, part, *launch.scalars)
     _run_on(query.get_device(), launch.run, arguments)
     return out, lse
+
+
+def _attend_masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor,
+    sink: Tensor | None,  # fp32
+    options: Options,
+) -> None:
+    """``attention_fwd`` with a mask, whose tile lists and bits stand for is_causal and the window too."""
+    batch, heads, seqlen_q, head_dim = query.shape
+    heads_kv, seqlen_k, head_dim_v = value.shape[1:]
+    is_causal, left, right = _visible(options, seqlen_q, seqlen_k)
+    right = 0 if is_causal else right
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    num_sms = Target.of(query.device).num_sms
+    flags = (right is not None, options.softcap > 0.0, sink is not None)
+    sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
+    tile, packs, (seqlen_q, *_) = _tile(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
+    if packs:
+        query, out, lse = _packed(query, out, lse, heads_kv)
+        mask = mask if mask.size(1) == 1 else mask.unflatten(1, (heads_kv, -1)).squeeze(3)
+        heads = heads_kv
+    plan = _masked_plan(query.dtype, head_dim, head_dim_v, mask_kind(mask.dtype), tile, flags, query.get_device())
+    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale={options.scale} must be positive and finite")
+    cap_factor, unit = None, scale  # of a score, as the kernel has it before the bias
+    if options.softcap:
+        unit, cap_factor = options.softcap, 2.0 * scale * LOG2_E / options.softcap
+    tiles = masks.Tiles(batch, heads, seqlen_q, seqlen_k, left, right, plan.tile_m, plan.tile_n)
+    done = masks.prepared(mask, tiles, plan.load_preparation)
+    biasing = (None, None) if done.bias is None else (1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit))))
+    tensors = (_addressable(query), _addressable(key), _addressable(value), out, lse, *done)
+    _run_on(query.get_device(), plan.run, (*tensors, unit * LOG2_E, num_sms, *biasing, cap_factor, sink))
 
 
 def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
@@ -165,6 +227,7 @@ def attention_bwd(
     out: Tensor,  # (B, H, Sq, Dv)
     lse: Tensor,  # (B, H, Sq)
     options: Options,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of attention on the current stream of the tensors' CUDA device, with no synchronisation.
 
@@ -180,7 +243,10 @@ def attention_bwd(
     Raises:
         ValueError: a head dim or scale that no kernel takes.
         KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
+        NotImplementedError: an attn_mask.
     """
+    if attn_mask is not None:
+        raise NotImplementedError("the backward has no kernel for an attn_mask")
     dq, dk, dv = empty_grads(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -289,8 +355,16 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     sizes = (spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q, spec.seqlen_k, target.num_sms)
     tiles = sm90.forward_tiles(head_dim, head_dim_v, is_causal, any(flags))
     is_causal = is_causal and not window
+    has_mask = spec.mask != "none"
+    if has_mask:
+        tiles = sm90.forward_tiles(head_dim, head_dim_v, False, True)
     if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
-        tiles = (_tile(head_dim, head_dim_v, is_causal, flags, *sizes).tile,)
+        flags = (window or is_causal, *flags[1:]) if has_mask else flags
+        tiles = (_tile(head_dim, head_dim_v, is_causal and not has_mask, flags, *sizes, has_mask=has_mask).tile,)
+    if has_mask:
+        return tuple(
+            key for tile in tiles for key in _masked_keys(spec.dtype, head_dim, head_dim_v, spec.mask, tile, flags)
+        )
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
@@ -318,13 +392,50 @@ def _tile(
     seqlen_q: int,
     seqlen_k: int,
     num_sms: int,
+    has_mask: bool = False,
 ) -> _Tiling:
     window, _, sink = flags
     packs = sm90.packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
     if packs:
         heads, seqlen_q = heads_kv, heads // heads_kv
     sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
-    return _Tiling(sm90.forward_tile(head_dim, head_dim_v, is_causal, any(flags), *sizes), packs, sizes)
+    has_options = has_mask or any(flags)
+    return _Tiling(sm90.forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
+
+
+def _masked_keys(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    attn_mask: MaskKind,
+    tile: sm90.Tile,
+    flags: tuple[bool, bool, bool],  # as of ``_key``; of a window nothing is left in the key
+) -> tuple[KernelKey, KernelKey]:
+    """The forward with a mask, and what prepares the mask for it."""
+    _, softcap, sink = flags
+    key = sm90.forward_key(dtype, head_dim, head_dim_v, False, tile, softcap=softcap, sink=sink, attn_mask=attn_mask)
+    return key, sm90.mask_key(attn_mask, key.tile_m, key.tile_n)
+
+
+def _masked_plan(
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    attn_mask: MaskKind,
+    tile: sm90.Tile,
+    flags: tuple[bool, bool, bool],
+    device: int,
+) -> _MaskedPlan:
+    wanted = (dtype, head_dim, head_dim_v, attn_mask, tile, flags[1:], device)
+    found = _masked_plans.get(wanted)
+    if found is not None:
+        return found
+    target = Target.of(torch.device("cuda", device))
+    if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
+        raise ValueError(f"no forward kernel for {dtype} on {target.name} (arch {target.arch})")
+    key, preparation = _masked_keys(dtype, head_dim, head_dim_v, attn_mask, tile, flags)
+    plan = _MaskedPlan(kernel(key), preparation, key.tile_m, key.tile_n)
+    return plan._replace(run=first_launch(key, plan.run, lambda: _masked_plans.update({wanted: plan})))
 
 
 def _key(

@@ -14,8 +14,9 @@ A table is a JSON file in this package's ``tables/`` folder, or one of the user'
        {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
 A rule speaks for the calls of its direction, head dims (closed ranges; head_dim_v as head_dim where it is not given),
-causality and grouping (whether several query heads share one of key/value; null: either). The first one that fits a
-call decides, by a model of time or by thresholds:
+causality and grouping (whether several query heads share one of key/value; null: either), with the ``mask`` "bool" or
+"float", or without one where it says nothing of that. The first one that fits a call decides, by a model of time or by
+thresholds:
 
 - **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head; ``waves`` are tiles over
   SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or "last" (likewise, and in a causal call the
@@ -47,6 +48,7 @@ from .spec import AttentionSpec
 SCHEMA = 2
 Direction = Literal["forward", "training"]
 ROWS = (64, 128, 192)  # of a tile, that are tried
+Mask = Literal["none", "bool", "float"]
 Waves = Literal["even", "whole", "last"]
 Backward = Literal["by queries", "by keys"]
 FORWARDS = {"forward": 1.0, "training": 3.5}  # flops, in those of a forward
@@ -119,8 +121,11 @@ class Rule(NamedTuple):
     margin: float = 0.0
     least: tuple[int, int, int] = (1, 1, 1)  # seqlen_q, seqlen_k, batch · heads · seqlen_q
     measured: tuple[Measured, ...] = ()
+    mask: Mask = "none"
 
-    def covers(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool) -> bool:
+    def covers(
+        self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool, mask: Mask
+    ) -> bool:
         low, high = self.head_dim
         low_v, high_v = self.head_dim_v or self.head_dim
         return (
@@ -129,6 +134,7 @@ class Rule(NamedTuple):
             and low <= head_dim <= high
             and low_v <= head_dim_v <= high_v
             and self.grouped in (None, grouped)
+            and self.mask == mask
         )
 
     def predict(self, spec: AttentionSpec, num_sms: int) -> Prediction | None:
@@ -218,10 +224,16 @@ class Crossover(NamedTuple):
     kernels: str | None = None  # digest of the kernels that it speaks for; None: any
 
     def find(
-        self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool = False
+        self,
+        direction: Direction,
+        head_dim: int,
+        head_dim_v: int,
+        is_causal: bool,
+        grouped: bool = False,
+        mask: Mask = "none",
     ) -> Rule | None:
         for rule in self.rules:
-            if rule.covers(direction, head_dim, head_dim_v, is_causal, grouped):
+            if rule.covers(direction, head_dim, head_dim_v, is_causal, grouped, mask):
                 return rule
         return None
 
@@ -254,7 +266,14 @@ def _rule(entry: dict[str, Any]) -> Rule:
     curves = [_curve(**entry[side]) for side in ("fa4", "native") if side in entry]
     thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
     rates = all(curve.tflops > 0 and min(curve[:4]) >= 0 and curve.rows > 0 for curve in curves)
-    if entry["direction"] not in FORWARDS or bool(steps) == (len(curves) == 2) or not thresholds_rise or not rates:
+    mask = entry.get("mask", "none")
+    if (
+        mask not in get_args(Mask)
+        or entry["direction"] not in FORWARDS
+        or bool(steps) == (len(curves) == 2)
+        or not thresholds_rise
+        or not rates
+    ):
         raise ValueError(f"bad rule {dict(entry, measured=...)}")
     low, high = entry["head_dim"]
     v = entry.get("head_dim_v")
@@ -273,6 +292,7 @@ def _rule(entry: dict[str, Any]) -> Rule:
         margin=float(entry.get("margin", 0.0)),
         least=(int(least_q), int(least_k), int(least_rows)),
         measured=tuple(Measured(*map(int, cell[:5]), *map(float, cell[5:])) for cell in entry.get("measured", ())),
+        mask=mask,
     )
 
 
@@ -295,6 +315,8 @@ def to_json(table: Crossover, provenance: dict[str, Any]) -> str:
 def _entry(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {name: getattr(rule, name) for name in ("direction", "head_dim", "head_dim_v")}
     entry |= {"is_causal": rule.is_causal, "grouped": rule.grouped}
+    if rule.mask != "none":
+        entry["mask"] = rule.mask
     if rule.fa4 is None or rule.native is None:
         return entry | {"min_seqlen": rule.min_seqlen}
     entry |= {"fa4": rule.fa4._asdict(), "native": rule.native._asdict()}

@@ -6,7 +6,7 @@ compiled runs can't disagree. SymInt-safe: sizes are only handed on, or put thro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from .spec import Options
 
 
-def check_fwd(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, options: Options) -> None:
+def check_fwd(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, sink: Tensor | None, options: Options
+) -> None:
     """Raise RuntimeError if these can't be inputs of ``fa4::attention_fwd``; see its docstring for the rules."""
     _check_one("query", query, query)
     _check_one("key", key, query)
@@ -29,6 +31,8 @@ def check_fwd(query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None, op
         lambda: f"num_heads_kv ({num_heads_kv}) must divide num_heads ({num_heads})",
     )
     _check_options(options)
+    if attn_mask is not None:
+        _check_mask(attn_mask, query, key)
     if sink is not None:
         _check(
             sink.dim() == 1 and sink.size(0) == num_heads and sink.dtype.is_floating_point,
@@ -44,11 +48,12 @@ def check_bwd(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
+    attn_mask: Tensor | None,
     sink: Tensor | None,
     options: Options,
 ) -> None:
     """Raise RuntimeError if these can't be inputs of ``fa4::attention_bwd``."""
-    check_fwd(query, key, value, sink, options)
+    check_fwd(query, key, value, attn_mask, sink, options)
     expected = (*query.shape[:3], value.size(3))
     _check(dout.shape == expected, lambda: f"dout is {tuple(dout.shape)}, expected {expected}")
     _check(out.shape == expected, lambda: f"out is {tuple(out.shape)}, expected {expected}")
@@ -69,6 +74,24 @@ def _check_one(name: str, x: Tensor, query: Tensor) -> None:
     _check(x.size(0) == query.size(0), lambda: f"{name} has batch {x.size(0)}, query has {query.size(0)}")
     _check(x.size(3) != 0, lambda: f"{name} has an empty last dimension")
     _check(x.stride(3) == 1, lambda: f"{name} must be contiguous in its last dimension, stride is {x.stride(3)}")
+
+
+def _check_mask(mask: Tensor, query: Tensor, key: Tensor) -> None:
+    dtypes = (torch.bool, query.dtype, torch.float32)
+    _check(mask.dtype in dtypes, lambda: f"attn_mask is {mask.dtype}, expected one of {', '.join(map(str, dtypes))}")
+    _check(mask.device == query.device, lambda: f"attn_mask is on {mask.device}, query is on {query.device}")
+    scores = (*query.shape[:3], key.size(2))
+    _check(
+        mask_fits(mask.shape, scores),
+        lambda: f"attn_mask is {tuple(mask.shape)}, which does not broadcast to {tuple(scores)} from 2 to 4 dimensions",
+    )
+
+
+def mask_fits(mask: Sequence[int], scores: Sequence[int]) -> bool:
+    """Whether a mask's sizes broadcast to those of the scores, (B, H, Sq, Sk)."""
+    if not 2 <= len(mask) <= 4:
+        return False
+    return all(size == 1 or size == full for size, full in zip(mask, scores[-len(mask) :], strict=True))
 
 
 def _check_options(options: Options) -> None:

@@ -11,7 +11,22 @@ from typing import Literal, NamedTuple
 import torch
 
 Backend = Literal["fa4", "native"]
-MaskKind = Literal["none", "bool", "float"]
+MaskKind = Literal["none", "bool", "bf16", "fp16", "fp32", "fp64", "other"]
+
+
+_MASK_KINDS: dict[torch.dtype | None, MaskKind] = {
+    None: "none",
+    torch.bool: "bool",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+}
+
+
+def mask_kind(dtype: torch.dtype | None) -> MaskKind:
+    """How an AttentionSpec names the dtype of a call's attn_mask; None is no mask."""
+    return _MASK_KINDS.get(dtype, "other")
 
 
 class Reason(NamedTuple):
@@ -130,3 +145,10 @@ class AttentionSpec(NamedTuple):
             softcap,
             sink,
         )
+
+
+def wrong_mask(spec: AttentionSpec) -> tuple[Reason, ...]:
+    """Why a mask of this dtype is torch's to judge; empty if it is none of those that torch refuses."""
+    if spec.mask in ("none", "bool", "fp32", mask_kind(spec.dtype)):
+        return ()
+    return (Reason("attn_mask", f"an attn_mask is boolean, fp32 or of query's dtype, not {spec.mask}"),)

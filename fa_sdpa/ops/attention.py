@@ -4,7 +4,7 @@
     dV = Pᵀ dO      dS = P ∘ (dO Vᵀ − Σ dO∘O)      dQ = scale · dS K      dK = scale · dSᵀ Q
 
 (FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2.) The schemas grow by keyword arguments with defaults, which
-torch's rules let us append; attn_mask is the next.
+torch's rules let us append.
 
 The Autograd kernels are written by hand rather than by ``torch.library.register_autograd``, which more than doubles an
 op's host time and drops forward-mode tangents without a word.
@@ -24,7 +24,7 @@ from ..alike import Alike, Memory, never
 from ..kernels import jit, launch
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
-from ..meta.spec import AttentionSpec, Options
+from ..meta.spec import AttentionSpec, Options, mask_kind
 from ..meta.target import Target
 
 # Revision of the autograd formula. Callers that trace pass it explicitly: compile caches on disk are keyed by the
@@ -38,13 +38,13 @@ _OPTIONS = (  # the fields and defaults of meta.spec.Options
 )
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _lib.define(
-    "attention_fwd(Tensor query, Tensor key, Tensor value, *, Tensor? sink=None, "
+    "attention_fwd(Tensor query, Tensor key, Tensor value, *, Tensor? attn_mask=None, Tensor? sink=None, "
     f"{_OPTIONS}) -> (Tensor out, Tensor lse)",
     tags=_tags,
 )
 _lib.define(
     "attention_bwd(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    f"*, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"*, Tensor? attn_mask=None, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=_tags,
 )
 _fwd = torch.ops.fa4.attention_fwd.default
@@ -56,6 +56,7 @@ def attention_fwd(
     key: Tensor,  # (B, H_kv, Sk, D)
     value: Tensor,  # (B, H_kv, Sk, Dv)
     *,
+    attn_mask: Tensor | None = None,  # broadcasts to (B, H, Sq, Sk)
     sink: Tensor | None = None,  # (H,), floating
     is_causal: bool = False,
     scale: float | None = None,
@@ -70,6 +71,9 @@ def attention_fwd(
         query, key, value: one floating dtype and device, any strides with a contiguous last dimension. H_kv divides
             H: query head h reads key/value head h // (H / H_kv). CPU: fp64, fp32, bf16, fp16. CUDA: what
             ``fa_sdpa.explain`` lists for the GPU.
+        attn_mask: 2 to 4 dimensions, any strides. Boolean: which keys a row sees; or added to its scores, in fp32 or
+            query's dtype. It counts together with is_causal and the window, and gets no gradient. Like every softmax
+            in fp32, this one cannot see a bias that is 29,000 and more below the largest of its row.
         sink: a score by head that joins every row's softmax with a value of 0 (arXiv:2309.17453, learnable as in
             gpt-oss); part of lse.
         is_causal: query row i sees keys 0 … i, aligned at the top left as in torch's SDPA, also where Sq ≠ Sk.
@@ -91,6 +95,7 @@ def attention_fwd(
         query,
         key,
         value,
+        attn_mask=attn_mask,
         sink=sink,
         is_causal=is_causal,
         scale=scale,
@@ -109,6 +114,7 @@ def attention_bwd(
     out: Tensor,  # as attention_fwd returned it
     lse: Tensor,  # likewise
     *,
+    attn_mask: Tensor | None = None,  # as attention_fwd got it
     is_causal: bool = False,
     scale: float | None = None,
     bottom_right: bool = False,
@@ -127,6 +133,7 @@ def attention_bwd(
         value,
         out,
         lse,
+        attn_mask=attn_mask,
         is_causal=is_causal,
         scale=scale,
         bottom_right=bottom_right,
@@ -156,26 +163,46 @@ def _admit(
     key: Tensor,
     value: Tensor,
     *others: Tensor,  # those of the backward
+    attn_mask: Tensor | None,
     sink: Tensor | None,
     options: Options,
 ) -> None:
     """Raise what ``check`` finds wrong with a call, or every reason why no kernel can run it on its device."""
     facts = (
         *((x.shape, x.dtype, x.device, x.stride(-1)) for x in (query, key, value, *others)),
+        attn_mask is not None and (attn_mask.shape, attn_mask.dtype, attn_mask.device),
         sink is not None and (sink.shape, sink.dtype, sink.device),
         options,
         torch.are_deterministic_algorithms_enabled(),
     )
     if facts in _admitted:
         return
-    check(query, key, value, *others, sink, options)
-    spec = AttentionSpec.of(query, key, value, needs_grad=bool(others), sink=sink is not None, **options._asdict())
-    reasons = kernels.unsupported(spec, Target.of(query.device))
-    if reasons:
-        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
+    check(query, key, value, *others, attn_mask, sink, options)
+    _refuse(_spec(query, key, value, attn_mask, sink, options, needs_grad=bool(others)), query.device)
     if len(_admitted) >= 4096:
         _admitted.clear()
     _admitted.add(facts)
+
+
+def _spec(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    sink: Tensor | None,
+    options: Options,
+    needs_grad: bool,
+) -> AttentionSpec:
+    mask = mask_kind(None if attn_mask is None else attn_mask.dtype)
+    has_sink = sink is not None
+    return AttentionSpec.of(query, key, value, mask, needs_grad=needs_grad, sink=has_sink, **options._asdict())
+
+
+def _refuse(spec: AttentionSpec, device: torch.device) -> None:
+    """Raise NotImplementedError with every reason why no kernel can run a call on its device, if there is one."""
+    reasons = kernels.unsupported(spec, Target.of(device))
+    if reasons:
+        raise NotImplementedError("fa4: no kernel for this call: " + "; ".join(map(str, reasons)))
 
 
 # A call that repeats goes straight to what computes it, past the dispatcher and the checks: from the Autograd kernels,
@@ -247,14 +274,15 @@ def _direct_bwd(
 def _forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A device's implementation of attention_fwd around what computes it."""
 
-    def impl(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    def impl(query, key, value, *, attn_mask=None, sink=None, **kwargs):  # type: ignore[no-untyped-def]
         facts = _facts("implementation", kwargs)
-        done = _repeated(_forwards, facts, query, key, value) if sink is None else None
+        is_plain = attn_mask is None and sink is None
+        done = _repeated(_forwards, facts, query, key, value) if is_plain else None
         if done is None:
             options = _options(**kwargs)
-            _admit(shapes.check_fwd, query, key, value, sink=sink, options=options)
-            done = run(query, key, value, sink, options)
-            if sink is None:
+            _admit(shapes.check_fwd, query, key, value, attn_mask=attn_mask, sink=sink, options=options)
+            done = run(query, key, value, sink, options, attn_mask)
+            if is_plain:
                 _keep(_forwards, facts, _direct_fwd, options, query, key, value)
         return done
 
@@ -268,15 +296,16 @@ _lib.impl("attention_fwd", _forward(launch.attention_fwd), "CUDA")
 def _backward(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """A device's implementation of attention_bwd around what computes it."""
 
-    def impl(*tensors, **kwargs):  # type: ignore[no-untyped-def]
+    def impl(*tensors, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
         facts = _facts("implementation", kwargs)
-        done = _repeated(_backwards, facts, *tensors)
+        done = _repeated(_backwards, facts, *tensors) if attn_mask is None else None
         if done is None:
             dout, query, key, value, out, lse = tensors
             options = _options(**kwargs)
-            _admit(shapes.check_bwd, query, key, value, dout, out, lse, sink=None, options=options)
-            done = run(*tensors, options)
-            _keep(_backwards, facts, _direct_bwd, options, *tensors)
+            _admit(shapes.check_bwd, query, key, value, dout, out, lse, attn_mask=attn_mask, sink=None, options=options)
+            done = run(*tensors, options, attn_mask)
+            if attn_mask is None:
+                _keep(_backwards, facts, _direct_bwd, options, *tensors)
         return done
 
     return impl
@@ -287,14 +316,14 @@ _lib.impl("attention_bwd", _backward(launch.attention_bwd), "CUDA")
 
 
 @torch.library.register_fake("fa4::attention_fwd", lib=_lib)
-def _fwd_fake(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-    shapes.check_fwd(query, key, value, sink, _options(**kwargs))
+def _fwd_fake(query, key, value, *, attn_mask=None, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+    shapes.check_fwd(query, key, value, attn_mask, sink, _options(**kwargs))
     return shapes.empty_out_lse(query, value)
 
 
 @torch.library.register_fake("fa4::attention_bwd", lib=_lib)
-def _bwd_fake(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-untyped-def]
-    shapes.check_bwd(query, key, value, dout, out, lse, None, _options(**kwargs))
+def _bwd_fake(dout, query, key, value, out, lse, *, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
+    shapes.check_bwd(query, key, value, dout, out, lse, attn_mask, None, _options(**kwargs))
     return shapes.empty_grads(query, key, value)
 
 
@@ -303,10 +332,10 @@ def _bwd_fake(dout, query, key, value, out, lse, **kwargs):  # type: ignore[no-u
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, sink, kwargs):  # type: ignore[no-untyped-def]
+    def forward(ctx, query, key, value, attn_mask, sink, kwargs):  # type: ignore[no-untyped-def]
         with private.below_autograd():
-            out, lse = _fwd(query, key, value, sink=sink, **kwargs)
-        ctx.save_for_backward(query, key, value, out, lse, sink)
+            out, lse = _fwd(query, key, value, attn_mask=attn_mask, sink=sink, **kwargs)
+        ctx.save_for_backward(query, key, value, out, lse, attn_mask, sink)
         ctx.kwargs = kwargs
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -315,26 +344,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
         if dout is None:
-            return (None,) * 5
-        query, key, value, out, lse, sink = ctx.saved_tensors
-        dq, dk, dv = _gradients(ctx.kwargs, dout, query, key, value, out, lse)
+            return (None,) * 6
+        query, key, value, out, lse, attn_mask, sink = ctx.saved_tensors
+        dq, dk, dv = _gradients(ctx.kwargs, attn_mask, dout, query, key, value, out, lse)
         dsink = None
-        if ctx.needs_input_grad[3]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
+        if ctx.needs_input_grad[4]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
             p = torch.exp(sink.to(lse.dtype)[:, None] - lse)
             dsink = -(p * (dout * out).sum(-1, dtype=lse.dtype)).sum((0, 2)).to(sink.dtype)
-        return dq, dk, dv, dsink, None
+        return dq, dk, dv, None, dsink, None
 
 
-def _gradients(kwargs: dict[str, Any], *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(kwargs: dict[str, Any], attn_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """attention_bwd, in a backward node."""
     if private.is_grad_enabled() or private.transform_active() or private.forward_ad_active():
-        return _bwd(*tensors, **kwargs)
+        return _bwd(*tensors, attn_mask=attn_mask, **kwargs)
     facts = _facts("node", kwargs)
-    done = _repeated(_backwards, facts, *tensors) if private.nothing_sees_ops() else None
+    is_plain = attn_mask is None
+    done = _repeated(_backwards, facts, *tensors) if is_plain and private.nothing_sees_ops() else None
     if done is None:
         with private.below_autograd():  # nothing records: the Autograd kernel would only hand the call on
-            done = _bwd(*tensors, **kwargs)
-        _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+            done = _bwd(*tensors, attn_mask=attn_mask, **kwargs)
+        if is_plain:
+            _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
     return done
 
 
@@ -378,7 +409,7 @@ class _AttentionOut(torch.autograd.Function):
         ):
             dq, dk, dv = backward.run(dout, query, key, value, out, lse)
             return dq, dk, dv, None
-        grads = _gradients(served.kwargs, dout, *tensors)
+        grads = _gradients(served.kwargs, None, dout, *tensors)
         latest = _backwards.latest
         if not nested and latest.facts[:2] == ("node", tuple(served.kwargs.items())) and latest.same(dout, *tensors):
             served.backward = latest
@@ -406,9 +437,9 @@ class _AttentionBackward(torch.autograd.Function):
     """Runs attention_bwd under create_graph=True; raises only if somebody does differentiate the gradients."""
 
     @staticmethod
-    def forward(ctx, dout, query, key, value, out, lse, kwargs):  # type: ignore[no-untyped-def]
+    def forward(ctx, dout, query, key, value, out, lse, attn_mask, kwargs):  # type: ignore[no-untyped-def]
         with private.below_autograd():
-            return _bwd(dout, query, key, value, out, lse, **kwargs)
+            return _bwd(dout, query, key, value, out, lse, attn_mask=attn_mask, **kwargs)
 
     @staticmethod
     def backward(ctx, *grads):  # type: ignore[no-untyped-def]
@@ -429,31 +460,47 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 
 @torch.library.impl(_lib, "attention_fwd", "Autograd")
-def _fwd_autograd(query, key, value, *, sink=None, **kwargs):  # type: ignore[no-untyped-def]
+def _fwd_autograd(query, key, value, *, attn_mask=None, sink=None, **kwargs):  # type: ignore[no-untyped-def]
     facts = _facts("autograd", kwargs)
-    if sink is None and not private.forward_ad_active():
+    is_plain = attn_mask is None and sink is None
+    if is_plain and not private.forward_ad_active():
         done = _repeated(_forwards, facts, query, key, value)
         if done is not None:
             return done
-    if _is_recorded(query, key, value, sink):
-        return _Attention.apply(query, key, value, sink, kwargs)
+    if _is_recorded(query, key, value, attn_mask, sink):
+        if attn_mask is not None:
+            _admit_gradients(query, key, value, attn_mask, sink, _options(**kwargs))
+        return _Attention.apply(query, key, value, attn_mask, sink, kwargs)
     with private.below_autograd():
-        done = _fwd(query, key, value, sink=sink, **kwargs)
-    if sink is None:
+        done = _fwd(query, key, value, attn_mask=attn_mask, sink=sink, **kwargs)
+    if is_plain:
         _keep(_forwards, facts, _direct_fwd, _options(**kwargs), query, key, value)
     return done
 
 
+def _admit_gradients(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, sink: Tensor | None, options: Options
+) -> None:
+    """Raise in the forward what would be refused in the backward."""
+    if attn_mask.requires_grad:
+        raise RuntimeError(
+            "fa4::attention_fwd gives no gradient of attn_mask: detach it, or call "
+            "torch.nn.functional.scaled_dot_product_attention, which is left to torch there"
+        )
+    _refuse(_spec(query, key, value, attn_mask, sink, options, needs_grad=True), query.device)
+
+
 @torch.library.impl(_lib, "attention_bwd", "Autograd")
-def _bwd_autograd(*tensors, **kwargs):  # type: ignore[no-untyped-def]
+def _bwd_autograd(*tensors, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
     facts = _facts("autograd", kwargs)
-    if not private.forward_ad_active():
+    if attn_mask is None and not private.forward_ad_active():
         done = _repeated(_backwards, facts, *tensors)
         if done is not None:
             return done
-    if _is_recorded(*tensors):
-        return _AttentionBackward.apply(*tensors, kwargs)
+    if _is_recorded(*tensors, attn_mask):
+        return _AttentionBackward.apply(*tensors, attn_mask, kwargs)
     with private.below_autograd():
-        done = _bwd(*tensors, **kwargs)
-    _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+        done = _bwd(*tensors, attn_mask=attn_mask, **kwargs)
+    if attn_mask is None:
+        _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
     return done

@@ -41,6 +41,15 @@ def mask_left(
 
 
 @cute.jit
+def mask_bits(acc_S: cute.Tensor, words: cute.Tensor) -> None:
+    """Mask the columns whose bits are 0; ``words`` has one Int32 for each row of this thread, a bit for each column."""
+    scores = rows_by_columns(acc_S)
+    for r in cutlass.range_constexpr(cute.size(words)):
+        for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            scores[r, c] = scores[r, c] if words[r] >> c & 1 != 0 else -Float32.inf
+
+
+@cute.jit
 def row_limits(
     num_rows: cutlass.Constexpr[int],
     first_row: Int32,  # query index of this thread's first row; its others are 8 apart

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...meta.spec import AttentionSpec, Reason
+from ...meta.spec import AttentionSpec, Reason, wrong_mask
 from ...meta.target import Target
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,8 +18,7 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     reasons = []
     if spec.dtype not in DTYPES:
         reasons.append(Reason("dtype", f"the CPU implementation takes fp64, fp32, bf16 and fp16, not {spec.dtype}"))
-    if spec.mask != "none":
-        reasons.append(Reason("attn_mask", "no fa4 implementation takes an attn_mask yet"))
+    reasons.extend(wrong_mask(spec))
     if spec.dropout_p != 0.0:
         reasons.append(Reason("dropout", f"no fa4 implementation has dropout (dropout_p={spec.dropout_p})"))
     if not spec.last_dim_contiguous:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ...meta.spec import AttentionSpec, Reason
+from ...meta.spec import AttentionSpec, MaskKind, Reason, wrong_mask
 from ...meta.target import Target
 from ..key import KernelKey
 
@@ -270,6 +270,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+# Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and whether
+# biases of the others are far from 0.
+LIST_HEADER = 4
+MASK_WARPS = 8  # that classify a tile
+
 Tile = Literal["small", "split", "normal", "wide"]
 NextScores = Literal["before", "after", "late"]  # P V of the last block; late: O is stored first
 
@@ -400,11 +405,21 @@ def forward_key(
     window: bool = False,
     softcap: bool = False,
     sink: bool = False,
+    attn_mask: MaskKind = "none",
 ) -> KernelKey:
-    """Key of the forward kernel for what decides its code."""
+    """Key of the forward kernel for what decides its code; with an attn_mask that stands for is_causal and window."""
     config = forward_config(head_dim, head_dim_v, tile)
+    if attn_mask != "none":
+        key = _key("forward", dtype, False, config, softcap=softcap, sink=sink)
+        return dataclasses.replace(key, attn_mask=attn_mask)
     flags = {"window": window, "softcap": softcap, "sink": sink, "split": tile == "split"}
     return _key("forward", dtype, is_causal, config, **flags)
+
+
+@functools.cache
+def mask_key(attn_mask: MaskKind, tile_m: int, tile_n: int) -> KernelKey:
+    """Key of the kernels that prepare masks of a dtype for the tiles of a forward."""
+    return KernelKey("mask", ARCH, attn_mask, 0, 0, False, tile_m, tile_n, 1)
 
 
 @functools.cache
@@ -503,7 +518,7 @@ def backward_key(
 
 
 def _key(
-    direction: str, dtype: torch.dtype, is_causal: bool, config: ForwardConfig | BackwardConfig, **flags: bool
+    direction: str, dtype: torch.dtype, is_causal: bool, config: ForwardConfig | BackwardConfig, **flags: Any
 ) -> KernelKey:
     return KernelKey(direction, ARCH, DTYPE_NAMES[dtype], is_causal=is_causal, **dataclasses.asdict(config), **flags)
 
@@ -528,8 +543,9 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     for code, value in (("head_dim", spec.head_dim), ("head_dim_v", spec.head_dim_v)):
         if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
             reasons.append(Reason(code, f"{code} {value} is not a multiple of 8 up to {MAX_HEAD_DIM}"))
-    if spec.mask != "none":
-        reasons.append(Reason("attn_mask", f"there is no kernel for an attn_mask ({spec.mask})"))
+    reasons.extend(wrong_mask(spec))
+    if spec.mask != "none" and spec.needs_grad:
+        reasons.append(Reason("attn_mask", f"the backward has no kernel for an attn_mask ({spec.mask})"))
     if spec.dropout_p > 0.0:
         reasons.append(Reason("dropout", f"there is no kernel with dropout (dropout_p={spec.dropout_p})"))
     if spec.scale is not None and not (math.isfinite(spec.scale) and spec.scale > 0.0):

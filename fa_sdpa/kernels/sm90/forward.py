@@ -40,6 +40,7 @@ Static options of a key, whose values are arguments (Scoring):
                   edge are masked. A tile that sees no key visits one block, all masked: O = 0, lse = -inf
     softcap       S becomes tanh(S · softmax_scale / cap) before the mask, and c = cap · log2(e)
     sink          joins l when a tile is finished
+    attn_mask     in sm90/forward_masked.py
 
 Constraints: 16-bit Q, K, V; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other strides
 and base pointers multiples of 16 bytes (0 included); seqlen_k ≥ 1; scale > 0. Tile sizes: sm90/config.py.
@@ -101,6 +102,16 @@ class Atoms(NamedTuple):
     o: cute.CopyAtom | None
 
 
+class TileMask(NamedTuple):
+    """An attn_mask as sm90/mask.py prepares it, with strides of 0 where it is broadcast."""
+
+    lists: cute.Tensor  # (b, h, query blocks, ≥ HEADER) Int32
+    bits: cute.Tensor  # (b, h, key blocks or twice as many, rows, 4) Int32
+    bias: cute.Tensor | None  # (b, h, s_q or 1, s_k rounded up to whole key blocks) of the mask's dtype
+    bias_factor: Float32 | None  # from a bias to what is added to a score: log2(e) / Scoring.scale_log2
+    bias_limit: Float32 | None  # a power of two; biased scores are cut off there on both sides
+
+
 class Scoring(NamedTuple):
     """From Q Kᵀ to the softmax: what is None is not in this kernel."""
 
@@ -108,6 +119,7 @@ class Scoring(NamedTuple):
     window: Window | None
     cap_factor: Float32 | None  # 2 · log2(e) · softmax_scale / cap
     sink: cute.Tensor | None  # (h,) fp32
+    mask: TileMask | None = None
 
 
 class Operands(NamedTuple):
@@ -289,7 +301,7 @@ class Forward:
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
-                self.load(atoms, gmem, smem, pipelines, tiles, scoring.window, qhead_per_kvhead, num_parts)
+                self.load(atoms, gmem, smem, pipelines, tiles, scoring, qhead_per_kvhead, num_parts)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
             self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, scoring, num_parts)
@@ -313,7 +325,7 @@ class Forward:
         smem: Smem,
         pipelines: Pipelines,
         tiles: Tiles,
-        window: Window | None,
+        scoring: Scoring,
         qhead_per_kvhead: Int32,
         num_parts: Int32 | None,
     ) -> None:
@@ -324,7 +336,7 @@ class Forward:
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
-        start, _, _, end = self._key_blocks(m_block, batch, seqlen_k, window, num_parts)
+        start, _, _, end = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
         head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
         load_tile(atoms.k, gmem.k[None, None, head_kv, sequence], smem.k, end - 1, pipelines.k, k_state)
         k_state.advance()
@@ -339,7 +351,7 @@ class Forward:
                 load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
-            start, _, _, end = self._key_blocks(m_block, batch, seqlen_k, window, num_parts)
+            start, _, _, end = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
             head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
             if is_valid:
                 load_tile(atoms.k, gmem.k[None, None, head_kv, sequence], smem.k, end - 1, pipelines.k, k_state)
@@ -405,11 +417,11 @@ class Forward:
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         k_state.advance()
-        blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+        blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
         self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
         while is_valid:
             first_row = m_block * self.tile_m + tile_row
-            blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+            blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
             k_state, v_state = self._visit(
                 mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, blocks, first_row, seqlen_k, scoring
             )
@@ -450,7 +462,7 @@ class Forward:
             else:
                 self._store_rows(regs.acc_O, gO, first_row)
             if cutlass.const_expr(self.next_scores == "before"):
-                blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+                blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
                 self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
             else:
                 if cutlass.const_expr(self.next_scores == "late"):
@@ -459,7 +471,7 @@ class Forward:
                 warpgroup.wait_group(0)
                 if is_valid:
                     pipelines.k.consumer_release(k_state)
-                    blocks = self._key_blocks(m_block, batch, seqlen_k, scoring.window, num_parts)
+                    blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
                     self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
             k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
@@ -467,14 +479,20 @@ class Forward:
 
     @cute.jit
     def _key_blocks(
-        self, m_block: Int32, batch: Int32, seqlen_k: Int32, window: Window | None, num_parts: Int32 | None
+        self,
+        m_block: Int32,
+        head: Int32,
+        batch: Int32,
+        seqlen_k: Int32,
+        scoring: Scoring,
+        num_parts: Int32 | None,
     ) -> tuple[Int32, Int32, Int32, Int32]:
         """``(start, unmasked_start, unmasked_end, end)``: the tile visits the key blocks from start to end; those
         between the middle two need no mask."""
-        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, window)
+        end, unmasked_end = key_blocks(m_block, seqlen_k, self.tile_m, self.tile_n, self.is_causal, scoring.window)
         start, unmasked_start = Int32(0), Int32(0)
         if cutlass.const_expr(self.has_window):
-            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, window)
+            start, unmasked_start = first_key_blocks(m_block, end, self.tile_m, self.tile_n, scoring.window)
         if cutlass.const_expr(self.is_split):
             start, end = part_of_blocks(end, batch % num_parts, num_parts)
         return start, unmasked_start, unmasked_end, end

@@ -1,0 +1,185 @@
+"""Attention with an attn_mask on one GPU: numerics gate first, then the forward's speed against torch's backends.
+
+    python benchmarks/sm90_masks.py --cases 3000 --out benchmarks/results/sm90_masks_h100.json
+
+``--list-keys`` prints the kernels that a bundle must hold to run the same command line where there is no compiler.
+
+Numerics: mask_cases.py has the rule. A failing case ends the run with status 1 before anything is timed.
+
+Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, 2048 // d heads; contenders take turns
+as in sm90_forward.py, and each round is do_bench's median (L2 flushed before each call). TFLOP/s from all flops,
+4·B·H·S²·D, whatever the mask hides. "ours" reuses what it prepared of the mask, as the layers of a model do, "ours,
+fresh" prepares it in every call. The ratio is the best peer's time over ours.
+
+    padding     (B, 1, 1, S) bool, lengths evenly from S / 2 to S
+    triangle    (1, 1, S, S) bool, and the same in bf16 with -inf
+    random      (1, 1, S, S) bool, half of the keys
+    bias        (1, H, S, S) bf16, normal
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import forward_cases  # noqa: E402
+from forward_cases import Case, inputs  # noqa: E402
+from mask_cases import gate, keys_of, random_masked_case  # noqa: E402
+from provenance import save  # noqa: E402
+from sm90_forward import TOKENS, Run, bench_ms  # noqa: E402
+
+from fa_sdpa.bench.contenders import brief  # noqa: E402
+from fa_sdpa.kernels import launch, masks  # noqa: E402
+from fa_sdpa.meta.spec import Options  # noqa: E402
+
+MASKS = {"padding": "bool", "triangle": "bool", "triangle, bf16": "bf16", "random": "bool", "bias": "bf16"}
+PEERS = {"torch": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+
+
+class Cell(NamedTuple):
+    mask: str  # of MASKS
+    seqlen: int
+    head_dim: int
+
+    @property
+    def case(self) -> Case:
+        heads = 2048 // self.head_dim
+        return Case("bf16", self.head_dim, self.head_dim, TOKENS // self.seqlen, heads, heads, self.seqlen, self.seqlen)
+
+    @property
+    def flops(self) -> float:
+        return 4.0 * TOKENS * self.seqlen * 2048
+
+    def make(self) -> Tensor:
+        """Its mask."""
+        size, batch = self.seqlen, TOKENS // self.seqlen
+        if self.mask == "padding":
+            lengths = torch.linspace(size // 2, size, batch, device="cuda").long()
+            return (torch.arange(size, device="cuda") < lengths[:, None])[:, None, None]
+        if self.mask == "random":
+            return torch.rand(1, 1, size, size, device="cuda") < 0.5
+        if self.mask == "bias":
+            return torch.randn(1, 2048 // self.head_dim, size, size, device="cuda", dtype=torch.bfloat16)
+        triangle = torch.ones(1, 1, size, size, device="cuda", dtype=torch.bool).tril()
+        if self.mask == "triangle":
+            return triangle
+        return torch.zeros(triangle.shape, device="cuda", dtype=torch.bfloat16).masked_fill(~triangle, -math.inf)
+
+
+CELLS = [Cell(mask, size, d) for d in (64, 128) for size in (1024, 4096) for mask in MASKS]
+
+
+def contenders(mask: Tensor) -> dict[str, Run]:
+    """Name → call of query, key and value with this mask, ours first."""
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with masks.in_eager_mode():
+            return launch.attention_fwd(query, key, value, None, Options(), mask)[0]
+
+    def fresh(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return launch.attention_fwd(query, key, value, None, Options(), mask)[0]
+
+    def unmasked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return launch.attention_fwd(query, key, value, None, Options())[0]
+
+    def peer(backend: SDPBackend | None) -> Run:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            if backend is None:
+                return F.scaled_dot_product_attention(query, key, value, mask)
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, mask)
+
+        return call
+
+    peers = {name: peer(backend) for name, backend in PEERS.items()}
+    return {"ours": ours, "ours, fresh": fresh, "ours, no mask": unmasked, **peers}
+
+
+def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
+    """A cell's row, with these peers."""
+    tensors, mask = inputs(cell.case)[:3], cell.make()
+    runs: dict[str, Run] = {name: run for name, run in contenders(mask).items() if name not in PEERS or name in chosen}
+    refused = {}
+    expected = runs["ours"](*tensors)
+    for name in chosen:
+        try:
+            out = runs[name](*tensors)
+            off = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
+            why = "" if off < 0.02 else f"its result differs from ours by {off:.3g} of the norm"
+        except Exception as error:  # each has its own way to refuse
+            why = brief(error)
+        if why:
+            refused[name] = why
+            del runs[name]
+    row: dict[str, Any] = {
+        "cell": f"{cell.mask} s{cell.seqlen} d{cell.head_dim}",
+        **cell._asdict(),
+    }
+    row |= dict.fromkeys(("ours", "ours, fresh", "ours, no mask", *PEERS))
+    row |= {name: round(cell.flops / ms / 1e9, 1) for name, ms in bench_ms(runs, [tensors]).items()}
+    peers = [row[name] for name in PEERS if row[name]]
+    row["ratio"] = round(row["ours"] / max(peers), 4) if peers else None
+    return row | ({"refused": refused} if refused else {})
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    names = ("ours", "ours, fresh", "ours, no mask", *PEERS)
+    lines = ["".ljust(28) + "".join(name.rjust(14) for name in names) + "   ratio"]
+    for row in rows:
+        figures = "".join(f"{row[name]:14.1f}" if row[name] else "-".rjust(14) for name in names)
+        lines.append(row["cell"].ljust(28) + figures + (f"{row['ratio']:8.2f}" if row["ratio"] else "       -"))
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Geomean and minimum of the ratios for each mask."""
+    found = {mask: [row["ratio"] for row in rows if row["mask"] == mask and row["ratio"]] for mask in MASKS}
+    return {
+        mask: {"geomean": round(statistics.geometric_mean(ratios), 4), "minimum": min(ratios)}
+        for mask, ratios in found.items()
+        if ratios
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-cells", action="store_true", help="time nothing")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="what to compare with")
+    parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
+    args = parser.parse_args()
+    if args.list_keys:
+        cases = [random_masked_case(args.seed, index) for index in range(args.cases)]
+        calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in CELLS)]
+        plain = forward_cases.keys_of(cell.case for cell in CELLS)
+        return print("\n".join(key.name for key in [*keys_of(calls), *plain]))
+    about: dict[str, Any] = {"numerics": None}
+    if args.cases:
+        about["numerics"] = gate(args.cases, args.seed)
+        print(f"numerics: {about['numerics']}", flush=True)
+    failed = args.cases and about["numerics"]["failed"]
+    rows = [] if failed or args.no_cells else [measure(cell, args.peers) for cell in CELLS]
+    if rows:
+        about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
+        print(tables(rows))
+        print(about["summary"])
+    if args.out:
+        save(args.out, rows, unit="TFLOP/s", **about)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

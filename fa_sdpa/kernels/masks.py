@@ -1,0 +1,160 @@
+"""An attn_mask as the kernels take it: tile lists and bits (sm90/mask.py), made on the device and kept.
+
+A mask is the same if it is in the same storage, which has not been freed and not been written to since (torch's version
+counter), at the same place with the same sizes and strides, and is asked for on the same stream. Code that writes to
+memory behind torch's back breaks that rule. Compiled graphs do so all the time, reusing buffers, so nothing is kept
+unless the caller says that it is `in_eager_mode`; nor for inference tensors, which have no version, or while a CUDA
+graph is captured, whose replays must read the mask again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .compile import Kernel
+from .sm90 import config as sm90
+
+KEPT = 16  # masks at a time
+KEPT_BYTES = 64 << 20  # what is larger than this, the copy of a bias mostly, is not worth the memory
+UNBOUNDED = 1 << 30  # of a window
+
+
+class Prepared(NamedTuple):
+    """A mask for one kernel's tiles, with strides of 0 where it is broadcast: see sm90/forward.py's TileMask."""
+
+    lists: Tensor  # (B, H, query blocks, HEADER + key blocks) int32
+    bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) int32
+    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) of the mask's dtype
+
+
+class Tiles(NamedTuple):
+    """Of what a mask is prepared for."""
+
+    batch: int
+    heads: int
+    seqlen_q: int
+    seqlen_k: int
+    left: int | None  # row i sees the keys i + left … i + right; None is no bound
+    right: int | None
+    tile_m: int
+    tile_n: int
+
+
+class _Eager(threading.local):
+    on = False
+
+
+_eager = _Eager()
+_kept: dict[tuple, tuple[StorageWeakRef, Prepared]] = {}
+
+
+@contextlib.contextmanager
+def in_eager_mode() -> Iterator[None]:
+    """Masks that are prepared in this block, in this thread, come from calls of the program itself, one by one."""
+    before, _eager.on = _eager.on, True
+    try:
+        yield
+    finally:
+        _eager.on = before
+
+
+def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Prepared:
+    """``attn_mask``, (1 | B, 1 | H, 1 | Sq, 1 | Sk) on a GPU, for these tiles, on the current stream.
+
+    Args:
+        load: gives the kernel that prepares masks of this dtype for tiles of these sizes.
+    """
+    if not _eager.on or attn_mask.is_inference() or torch.cuda.is_current_stream_capturing():
+        return _prepare(attn_mask, tiles, load())
+    storage = attn_mask.untyped_storage()
+    place = (storage._cdata, attn_mask.data_ptr(), attn_mask._version, attn_mask.dtype, attn_mask.shape)
+    wanted = (*place, attn_mask.stride(), tiles, torch.cuda.current_stream(attn_mask.device).cuda_stream)
+    found = _kept.get(wanted)
+    if found is not None and not found[0].expired():
+        done = found[1]
+        is_whole = done.bias is not None or attn_mask.dtype is torch.bool
+        return done if is_whole else done._replace(bias=_bias(attn_mask, tiles))
+    for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
+        _kept.pop(key, None)
+    done = _prepare(attn_mask, tiles, load())
+    kept = done
+    if done.bias is not None and done.bias.untyped_storage()._cdata == storage._cdata:
+        kept = done._replace(bias=None)  # which would keep the mask itself
+    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= KEPT_BYTES:
+        while len(_kept) >= KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[wanted] = StorageWeakRef(storage), kept
+    return done
+
+
+def forget() -> None:
+    """Keep none of them."""
+    _kept.clear()
+
+
+def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
+    """Launch the kernels that classify the tiles and make the lists; only metadata is looked at here."""
+    mask = _once(attn_mask)
+    has_rows = mask.size(2) > 1 or tiles.left is not None or tiles.right is not None
+    batch, heads = mask.shape[:2]
+    m_blocks = -(-tiles.seqlen_q // tiles.tile_m) if has_rows else 1
+    n_blocks = -(-tiles.seqlen_k // tiles.tile_n)
+    is_bool = mask.dtype is torch.bool
+    rows = m_blocks * tiles.tile_m if has_rows else 1
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int32, device=mask.device)
+
+    lists = empty(batch, heads, m_blocks, sm90.LIST_HEADER + n_blocks)
+    bits = empty(batch, heads, n_blocks if is_bool else 2 * n_blocks, rows, 4)
+    kinds = empty(batch, heads, m_blocks, n_blocks)
+    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.MASK_WARPS)
+    whole = mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)
+    left = -UNBOUNDED if tiles.left is None else max(tiles.left, -UNBOUNDED)
+    right = UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
+    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, left, right)
+    all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m
+    return Prepared(
+        lists.expand(tiles.batch, tiles.heads, all_rows // tiles.tile_m, -1),
+        bits.expand(tiles.batch, tiles.heads, -1, all_rows, -1),
+        _bias(attn_mask, tiles),
+    )
+
+
+def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
+    if attn_mask.dtype is torch.bool:
+        return None
+    keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
+    return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
+
+
+def _once(mask: Tensor) -> Tensor:
+    """``mask`` without what it repeats: size 1 where its stride is 0."""
+    for dim in range(4):
+        if mask.size(dim) > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    return mask
+
+
+def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
+    """``mask`` as the forward reads it: in aligned pairs, with ``keys`` in a row, whole blocks, of which those beyond
+    seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its strides or its
+    address are odd, or its memory ends within the last block."""
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
+    item = mask.element_size()
+    room = mask.untyped_storage().nbytes() // item - mask.storage_offset() - last_row
+    in_pairs = mask.data_ptr() % (2 * item) == 0 and not any(stride % 2 for stride in strides[:3])
+    if in_pairs and strides[3] == 1 and room >= keys:
+        return mask.as_strided((*mask.shape[:3], keys), strides)
+    copy = mask.new_zeros((*mask.shape[:3], keys))
+    copy[..., :seqlen_k] = mask
+    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]
+    return copy.as_strided(copy.shape, (*strides, 1))

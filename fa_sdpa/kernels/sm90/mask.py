@@ -1,0 +1,258 @@
+"""What an attn_mask leaves of each tile of scores, found out on the device: which key blocks a block of query rows
+visits, and the bits that tell its keys apart.
+
+Two launches. `classify`: a CTA for each tile of tile_m rows and tile_n keys reads the mask and writes its bits, and
+what kind of tile it is. `enlist`: a warp for each block of rows makes the list of the key blocks that it visits.
+
+    whole   every row sees every key, with no bias: runs as without a mask
+    bits    some keys are hidden from some rows
+    biased  the mask's values are added to the scores, and keys are hidden
+
+A tile in which no row sees a key is on no list; if that leaves a block of rows without any, its list has tile 0, whose
+bits are all 0. A mask also stands for a causal mask or window given beside it, and for the last block's missing keys.
+
+Bits: bit 2v + j of word t of (key block, row) is key 8v + 2t + j of the block, which is what a thread holds of a row of
+a score accumulator (common/fragments.py): one word a row and thread. Floating masks have bits of two sorts, for tiles
+with bits and, after those of all blocks, for biased tiles, where only -inf hides a key.
+
+Values up to HIDDEN hide a key as -inf does where another key of the row has a value of at least VISIBLE: the weight
+beside that is 0 in fp32 as long as the scores of a row differ by less than 30,000. That is how torch.finfo(dtype).min
+of any dtype gets tiles skipped. A block of rows in which some row has such values and none that is visible takes the
+values as they are: its tiles with finite ones become biased tiles.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+from cutlass.utils import SmemAllocator
+
+from ..common.blocks import Window
+from ..key import KernelKey
+from .config import LIST_HEADER, MASK_WARPS
+
+HIDDEN, VISIBLE = -6.0e4, -3.0e4
+SKIPPED, WHOLE, BITS, BIASED = range(4)  # kinds of tiles
+HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
+HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
+DTYPES = {
+    "bool": cutlass.Uint8,
+    "bf16": cutlass.BFloat16,
+    "fp16": cutlass.Float16,
+    "fp32": cutlass.Float32,
+}
+
+
+class Mask:
+    """Kernels of one key with direction "mask"; see ``__call__``."""
+
+    def __init__(self, key: KernelKey):
+        self.name = key.name
+        self.dtype = DTYPES[key.dtype]
+        self.is_bool = key.dtype == "bool"
+        self.tile_m, self.tile_n = key.tile_m, key.tile_n
+        self.rows_of_warp = key.tile_m // MASK_WARPS
+
+    @cute.jit
+    def __call__(
+        self,
+        mMask: cute.Tensor,  # (b, h, s_q, s_k), sizes of 1 for what it broadcasts over, but s_k is whole
+        mKinds: cute.Tensor,  # (b, h, query blocks, key blocks) Int32, scratch memory
+        mRows: cute.Tensor | None,  # (b, h, query blocks, key blocks, MASK_WARPS) Int32, scratch memory, unless bool
+        mBits: cute.Tensor,  # (b, h, key blocks, rows of all query blocks or 1, 4) Int32, out, or twice the blocks
+        mLists: cute.Tensor,  # (b, h, query blocks, LIST_HEADER + key blocks) Int32, out
+        window_left: Int32,  # row i sees the keys i + window_left … i + window_right, if the mask has rows
+        window_right: Int32,
+        stream,
+    ):
+        window = Window(window_left, window_right)
+        batch, heads, m_blocks, n_blocks = mKinds.shape
+        self.classify(mMask, mKinds, mRows, mBits, window).launch(
+            grid=[batch * heads * m_blocks * n_blocks, 1, 1], block=[32 * MASK_WARPS, 1, 1], stream=stream
+        )
+        self.enlist(mKinds, mRows, mLists).launch(
+            grid=[batch * heads * m_blocks, 1, 1], block=[32, 1, 1], stream=stream
+        )
+
+    @cute.kernel
+    def classify(
+        self, mMask: cute.Tensor, mKinds: cute.Tensor, mRows: cute.Tensor | None, mBits: cute.Tensor, window: Window
+    ):
+        """Kind and bits of one tile; for floating masks also, by warp, which of its rows have a visible value, and in
+        the upper half which have a finite one up to HIDDEN."""
+        tidx, _, _ = cute.arch.thread_idx()
+        index, _, _ = cute.arch.block_idx()
+        _, heads, m_blocks, n_blocks = mKinds.shape
+        n_block, sequence = index % n_blocks, index // n_blocks // m_blocks
+        m_block, head, batch = index // n_blocks % m_blocks, sequence % heads, sequence // heads
+        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
+        mask, bits = mMask[batch, head, None, None], mBits[batch, head, None, None, None]
+        first_row = m_block * self.tile_m + warp * self.rows_of_warp
+
+        @cute.struct
+        class SharedStorage:
+            flags: cute.struct.MemRange[Int32, MASK_WARPS]
+
+        flags = SmemAllocator().allocate(SharedStorage).flags.get_tensor(cute.make_layout(MASK_WARPS))
+        values = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), self.rows_of_warp), Float32)
+        for r in cutlass.range_constexpr(self.rows_of_warp):  # all loads before their first use
+            self._read_row(mask, first_row + r, n_block, window, lane, values[None, r])
+        hard, soft = (cute.make_rmem_tensor(self.rows_of_warp, Int32) for _ in range(2))
+        seen, visible, low = Int32(0), Int32(0), Int32(0)
+        for r in cutlass.range_constexpr(self.rows_of_warp):
+            hard[r], soft[r] = Int32(0), Int32(0)
+            if first_row + r < mask.shape[0]:
+                hard[r], soft[r], found = self._words(values[None, r], lane)
+                seen = seen | found
+                if cutlass.const_expr(not self.is_bool):
+                    visible = visible | (found >> 3 & 1) << r
+                    low = low | (found >> 4 & 1) << r
+        if lane == 0:
+            flags[warp] = seen
+            if cutlass.const_expr(mRows is not None):
+                mRows[batch, head, m_block, n_block, warp] = visible | low << 16
+        cute.arch.sync_threads()
+        for w in cutlass.range_constexpr(MASK_WARPS):
+            seen = seen | flags[w]
+        kind = Int32(SKIPPED)
+        if seen & 1 != 0:
+            kind = Int32(BITS) if seen & 2 != 0 else Int32(WHOLE)
+        if seen & 4 != 0:
+            kind = Int32(BIASED)
+        if tidx == 0:
+            mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 1) * HAS_LOW + (seen >> 5 & 1) * HAS_HIGH
+        if lane < 4:
+            for r in cutlass.range_constexpr(self.rows_of_warp):
+                row = first_row + r
+                if row < bits.shape[1]:
+                    bits[n_block, row, lane] = hard[r]
+                    if cutlass.const_expr(not self.is_bool):
+                        bits[n_blocks + n_block, row, lane] = soft[r]
+
+    @cute.jit
+    def _read_row(
+        self,
+        mask: cute.Tensor,
+        row: Int32,
+        n_block: Int32,
+        window: Window,
+        lane: Int32,
+        values: cute.Tensor,  # (⌈tile_n / 32⌉,) fp32, out
+    ) -> None:
+        """The values of a row's keys lane, lane + 32, … of a block; -inf for those that are hidden, which is all that a
+        boolean mask says beside 0, outside of the window, or that there are none of."""
+        for e in cutlass.range_constexpr(cute.size(values)):
+            column = 32 * e + lane
+            key = n_block * self.tile_n + column
+            values[e] = -Float32.inf
+            exists = (row < mask.shape[0]) & (column < self.tile_n) & (key < mask.shape[1])
+            if exists & (key >= row + window.left) & (key <= row + window.right):
+                value = mask[row, key]
+                if cutlass.const_expr(self.is_bool):
+                    values[e] = Float32(0.0) if value != 0 else -Float32.inf
+                else:
+                    values[e] = value.to(Float32)
+
+    @cute.jit
+    def _words(self, values: cute.Tensor, lane: Int32) -> tuple[Int32, Int32, Int32]:
+        """Word ``lane`` of a row as a tile with bits, and as one with biases; and flags: 1 some key is seen, 2 some key
+        is hidden, 4 some bias is no 0, 8 some value is visible, 16 some value up to HIDDEN is finite, 32 some value is
+        -HIDDEN or more."""
+        hard, soft, found = Int32(0), Int32(0), Int32(0)
+        shift = lane % 4 * 2
+        for e in cutlass.range_constexpr(cute.size(values)):
+            value = values[e]
+            exists = 32 * e + lane < self.tile_n
+            is_seen = exists & ~(value <= HIDDEN)  # and so is NaN
+            seen = cute.arch.vote_ballot_sync(is_seen)
+            hard = hard | _spread(seen, shift) << 8 * e
+            found = found | (Int32(1) if seen != 0 else Int32(0))
+            if cute.arch.vote_any_sync(exists & (value <= HIDDEN)):
+                found = found | 2
+            if cutlass.const_expr(not self.is_bool):
+                soft = soft | _spread(cute.arch.vote_ballot_sync(exists & ~(value == -Float32.inf)), shift) << 8 * e
+                if cute.arch.vote_any_sync(is_seen & ~(value == 0.0)):
+                    found = found | 4
+                if cute.arch.vote_any_sync(exists & ~(value < VISIBLE)):
+                    found = found | 8
+                if cute.arch.vote_any_sync((value <= HIDDEN) & (value > -Float32.inf)):
+                    found = found | 16
+                if cute.arch.vote_any_sync(value >= -HIDDEN):
+                    found = found | 32
+        return hard, soft, found
+
+    @cute.kernel
+    def enlist(self, mKinds: cute.Tensor, mRows: cute.Tensor | None, mLists: cute.Tensor):
+        """The list of one block of rows; a warp."""
+        lane, _, _ = cute.arch.thread_idx()
+        index, _, _ = cute.arch.block_idx()
+        _, heads, m_blocks, n_blocks = mKinds.shape
+        m_block, head, batch = index % m_blocks, index // m_blocks % heads, index // m_blocks // heads
+        kinds, entries = mKinds[batch, head, m_block, None], mLists[batch, head, m_block, None]
+        is_low = Boolean(False)
+        if cutlass.const_expr(mRows is not None):
+            is_low = self._has_low_row(mRows[batch, head, m_block, None, None], lane)
+        count = Int32(0)
+        is_far = Boolean(False)  # a bias of a biased tile
+        for kind in cutlass.range_constexpr(WHOLE, BIASED + 1):
+            for i in cutlass.range(cute.ceil_div(n_blocks, 32), unroll=1):
+                n_block = i * 32 + lane
+                found = Int32(SKIPPED)
+                if n_block < n_blocks:
+                    found = kinds[n_block]
+                    has_low, has_high = found & HAS_LOW != 0, found >= HAS_HIGH
+                    found = Int32(BIASED) if is_low & has_low else found % HAS_LOW
+                    is_far = is_far | (found == BIASED) & (has_low | has_high)
+                chosen = cute.arch.vote_ballot_sync(found == kind)
+                if found == kind:
+                    entries[LIST_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = n_block
+                count += cute.arch.popc(chosen)
+            if lane == 0:
+                entries[kind - WHOLE] = count
+        is_far = cute.arch.vote_any_sync(is_far)
+        if lane == 0:
+            entries[3] = Int32(1) if is_far else Int32(0)
+        if (count == 0) & (lane == 0):
+            entries[1] = 1
+            entries[2] = 1
+            entries[LIST_HEADER] = 0
+
+    @cute.jit
+    def _has_low_row(self, rows: cute.Tensor, lane: Int32) -> Boolean:
+        """Whether some row of a block has finite values up to HIDDEN and none that is visible."""
+        found = Int32(0)  # of the rows of warp lane % MASK_WARPS
+        for i in cutlass.range(cute.ceil_div(rows.shape[0] * MASK_WARPS, 32), unroll=4):
+            place = i * 32 + lane
+            if place < rows.shape[0] * MASK_WARPS:
+                found = found | rows[place // MASK_WARPS, place % MASK_WARPS]
+        for distance in cutlass.range_constexpr(3, 5):
+            found = found | cute.arch.shuffle_sync_bfly(found, 1 << distance)
+        return cute.arch.vote_any_sync((found >> 16 & ~found & 0xFFFF) != 0)
+
+
+@cute.jit
+def _spread(ballot: Int32, shift: Int32) -> Int32:
+    """The bits shift + 8w + j of a ballot over 32 keys, as bits 2w + j of eight; w < 4, j < 2."""
+    pairs = ballot >> shift & 0x03030303
+    return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xFF
+
+
+def example_arguments(key: KernelKey) -> tuple:
+    """Tensors without data, for ``cute.compile``: everything symbolic but the dtype."""
+
+    def tensor(dtype: type[cutlass.Numeric], *shape: object, last_stride: object = 1) -> cute.Tensor:
+        strides = tuple(cute.sym_int64() for _ in shape[1:])
+        align = max(dtype.width // 8, 1)
+        return cute.runtime.make_fake_tensor(dtype, shape, (*strides, last_stride), assumed_align=align)
+
+    batch, heads, m_blocks, n_blocks = (cute.sym_int() for _ in range(4))
+    mask = tensor(DTYPES[key.dtype], batch, heads, cute.sym_int(), cute.sym_int(), last_stride=cute.sym_int64())
+    return (
+        mask,
+        tensor(Int32, batch, heads, m_blocks, n_blocks),
+        None if key.dtype == "bool" else tensor(Int32, batch, heads, m_blocks, n_blocks, MASK_WARPS),
+        tensor(Int32, batch, heads, cute.sym_int(), cute.sym_int(), 4),
+        tensor(Int32, batch, heads, m_blocks, cute.sym_int()),
+        Int32(0),
+        Int32(0),
+        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
+    )

@@ -1,0 +1,415 @@
+"""attn_mask: numerics of torch's math path on the CPU, metadata, autograd, errors, and how routed calls hand it on."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ops import SHAPES, assert_within_bound, inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fa_sdpa
+from fa_sdpa import reference
+from fa_sdpa.kernels import masks
+from fa_sdpa.kernels.sm90.config import LIST_HEADER
+from fa_sdpa.meta.spec import AttentionSpec, mask_kind
+
+fwd = torch.ops.fa4.attention_fwd
+bwd = torch.ops.fa4.attention_bwd
+
+BROADCASTS = {  # of (B, H, Sq, Sk); a dot keeps a size, 1 makes it 1, - leaves it out
+    "full": "....",
+    "per_batch": ".1..",
+    "per_head": "1...",
+    "padding": ".11.",
+    "rows": "..1.",
+    "columns": "11.1",
+    "one": "1111",
+    "2d": "--..",
+    "2d_padding": "--1.",
+    "3d": "-...",
+}
+KINDS = ("bool", "infinite", "lowest", "bias")
+
+
+def sizes_of(pattern, full):
+    return [1 if mark == "1" else size for mark, size in zip(pattern, full, strict=True) if mark != "-"]
+
+
+def make_mask(kind, sizes, dtype=torch.float32, visible=0.6):
+    """A random mask: boolean, or floating with hidden keys at -inf, at the dtype's lowest value, or biases beside."""
+    keep = torch.rand(sizes) < visible
+    if kind == "bool":
+        return keep
+    bias = torch.randn(sizes, dtype=dtype) if kind == "bias" else torch.zeros(sizes, dtype=dtype)
+    return bias.masked_fill(~keep, torch.finfo(dtype).min if kind == "lowest" else -math.inf)
+
+
+def strided(mask, how):
+    if how == "expanded":
+        return mask.expand(*mask.shape[:-1], mask.size(-1))
+    if how == "transposed":
+        return mask.mT.contiguous().mT
+    if how == "sliced":
+        wide = mask.new_zeros((*mask.shape[:-1], 2 * mask.size(-1) + 1))
+        wide[..., 1::2] = mask
+        return wide[..., 1::2]
+    return mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broadcast", BROADCASTS.values(), ids=BROADCASTS)
+@pytest.mark.parametrize(
+    "shape", [SHAPES["gqa7"], SHAPES["mha"], SHAPES["one_query"]], ids=["gqa7", "mha", "one_query"]
+)
+def test_matches_math_in_fp64(shape, broadcast, kind):
+    q, k, v = inputs(shape, torch.float64, requires_grad=True)
+    scores = (*q.shape[:3], k.size(2))
+    mask = make_mask(kind, sizes_of(broadcast, scores), torch.float64)
+    out, lse = fwd(q, k, v, attn_mask=mask)
+    expected, expected_lse = reference.attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse.float())
+    with sdpa_kernel(SDPBackend.MATH):
+        torchs = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    torch.testing.assert_close(out, torchs)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for got, want in zip(grads, torch.autograd.grad(torchs, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_any_strides(kind, layout):
+    q, k, v = inputs(SHAPES["mha"])
+    mask = make_mask(kind, (2, 1, 300, 300))
+    expected = fwd(q, k, v, attn_mask=mask)[0]
+    torch.testing.assert_close(fwd(q, k, v, attn_mask=strided(mask, layout))[0], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"window_left": 20, "window_right": 3}, {"softcap": 0.7}])
+def test_counts_together_with_other_options(options):
+    q, k, v = inputs(SHAPES["gqa_two_groups"], torch.float64, requires_grad=True)
+    mask = make_mask("bias", (2, 6, 517, 130), torch.float64)
+    out, _ = fwd(q, k, v, attn_mask=mask, **options)
+    expected, _ = reference.attention(q, k, v, attn_mask=mask, **options)
+    torch.testing.assert_close(out, expected)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    for got, want in zip(grads, torch.autograd.grad(expected, (q, k, v), dout), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32, None], ids=["bool", "fp32", "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keeps_the_error_bound(dtype, mask_dtype):
+    q, k, v = inputs(SHAPES["gqa7"], dtype, requires_grad=True)
+    mask = make_mask("bool" if mask_dtype is torch.bool else "bias", (1, 7, 130, 517), mask_dtype or dtype)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    expected, _ = reference.attention(*wide, attn_mask=mask)
+    baseline, _ = reference.attention(q, k, v, attn_mask=mask)
+    out, _ = fwd(q, k, v, attn_mask=mask)
+    assert_within_bound("out", out, expected, baseline)
+    dout = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), dout)
+    baselines = torch.autograd.grad(baseline, (q, k, v), dout)
+    references = torch.autograd.grad(expected, wide, dout.double())
+    for name, got, want, base in zip(("dq", "dk", "dv"), grads, references, baselines, strict=True):
+        assert_within_bound(name, got, want, base, floor=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "infinite", "lowest"])
+def test_row_of_hidden_keys_gives_what_torch_gives(kind):
+    """Zeros where nothing is to be seen, the mean of all values where all biases are the same: and so the gradients."""
+    q, k, v = inputs((1, 2, 2, 4, 300, 8, 8), requires_grad=True)
+    mask = make_mask(kind, (4, 300), visible=0.0)
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+    out, lse = fwd(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, expected)
+    if kind == "lowest":
+        torch.testing.assert_close(out, v.mean(2, keepdim=True).expand_as(out))
+    else:
+        assert not out.any() and (lse == -math.inf).all()
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for got, want in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_one_visible_key():
+    q, k, v = inputs((1, 2, 2, 5, 70, 8, 8))
+    mask = torch.zeros(5, 70, dtype=torch.bool)
+    mask[torch.arange(5), torch.tensor([0, 13, 31, 64, 69])] = True
+    torch.testing.assert_close(fwd(q, k, v, attn_mask=mask)[0], v[:, :, [0, 13, 31, 64, 69]])
+
+
+def test_gradcheck():
+    q, k, v = inputs((1, 4, 2, 5, 7, 4, 3), torch.float64, requires_grad=True)
+    sink = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    for kind in KINDS:
+        mask = make_mask(kind, (1, 4, 5, 7), torch.float64)
+
+        def attend(q, k, v, sink, mask=mask):
+            return fwd(q, k, v, attn_mask=mask, sink=sink)[0]
+
+        assert torch.autograd.gradcheck(attend, (q, k, v, sink), atol=1e-5, rtol=1e-4, eps=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(kind, requires_grad):
+    q, k, v = inputs((2, 4, 2, 9, 11, 8, 8), requires_grad=requires_grad)
+    mask = make_mask(kind, (2, 1, 9, 11))
+    opcheck(fwd, (q, k, v), {"attn_mask": mask})
+    out, lse = (x.detach() for x in fwd(q, k, v, attn_mask=mask))
+    opcheck(bwd, (torch.randn_like(out), *(x.detach() for x in (q, k, v)), out, lse), {"attn_mask": mask})
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(9, dtype=torch.bool), "does not broadcast"),
+        (torch.ones(1, 1, 1, 8, 9), "does not broadcast"),
+        (torch.ones(9, 8), "does not broadcast"),
+        (torch.ones(3, 1, 8, 9), "does not broadcast"),
+        (torch.ones(8, 9, dtype=torch.int32), "attn_mask is torch.int32"),
+        (torch.ones(8, 9, dtype=torch.float64), "attn_mask is torch.float64"),
+        (torch.ones(8, 9, device="meta"), "attn_mask is on meta"),
+    ],
+)
+def test_bad_masks_raise(mask, message):
+    q, k, v = inputs((2, 2, 2, 8, 9, 8, 8))
+    with pytest.raises(RuntimeError, match=message):
+        fwd(q, k, v, attn_mask=mask)
+    with FakeTensorMode() as fake, pytest.raises(RuntimeError, match=message):
+        fwd(*map(fake.from_tensor, (q, k, v)), attn_mask=fake.from_tensor(mask))
+
+
+def test_a_gradient_of_the_mask_is_refused():
+    q, k, v = inputs((1, 1, 1, 4, 4, 8, 8), requires_grad=True)
+    mask = torch.zeros(4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient of attn_mask"):
+        fwd(q, k, v, attn_mask=mask)
+    with torch.no_grad():
+        fwd(q, k, v, attn_mask=mask)
+
+
+def test_a_mask_changed_before_the_backward_is_noticed():
+    q, k, v = inputs((1, 1, 1, 4, 4, 8, 8), requires_grad=True)
+    mask = torch.zeros(4, 4)
+    out, _ = fwd(q, k, v, attn_mask=mask)
+    mask.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+# ---- routed calls ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts():
+    fa_sdpa.reset_stats()
+    yield
+    fa_sdpa.reset_stats()
+
+
+def call_with(mask, requires_grad=False, dtype=torch.float32, **options):
+    q, k, v = inputs((2, 4, 4, 17, 19, 8, 8), dtype, requires_grad)
+    expected = F.scaled_dot_product_attention(q, k, v, mask, **options)
+    with fa_sdpa.enable("always"):
+        return F.scaled_dot_product_attention(q, k, v, mask, **options), expected, (q, k, v)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("broadcast", BROADCASTS.values(), ids=BROADCASTS)
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_calls_with_a_mask_are_routed(kind, broadcast, requires_grad):
+    mask = make_mask(kind, sizes_of(broadcast, (2, 4, 17, 19)))
+    out, expected, leaves = call_with(mask, requires_grad)
+    assert fa_sdpa.stats().eager.routed == 1
+    torch.testing.assert_close(out, expected)
+    if requires_grad:
+        for got, want in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (out, expected)), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_a_mask_that_changes_in_place_is_read_again():
+    q, k, v = inputs((1, 2, 2, 9, 9, 8, 8))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    with fa_sdpa.enable("always"):
+        for _ in range(3):
+            mask[:, 0] = ~mask[:, 0]
+            out = F.scaled_dot_product_attention(q, k, v, mask)
+            torch.testing.assert_close(out, reference.attention(q, k, v, attn_mask=mask)[0])
+    assert fa_sdpa.stats().eager.routed == 3
+
+
+@pytest.mark.parametrize(
+    ("mask", "code"),
+    [
+        (lambda: torch.zeros(17, 19, requires_grad=True), "mask_gradient"),
+        (lambda: torch.zeros(17, 19).to_sparse(), "mask_shape"),
+        (lambda: torch.ones(19, dtype=torch.bool), "mask_shape"),
+        (lambda: torch.zeros(17, 19, dtype=torch.float64), "attn_mask"),
+    ],
+    ids=["gradient", "sparse", "1-D", "fp64"],
+)
+def test_masks_left_to_torch(mask, code):
+    with fa_sdpa.enable("always"):
+        try:
+            F.scaled_dot_product_attention(*inputs((2, 4, 4, 17, 19, 8, 8)), mask())
+        except (RuntimeError, IndexError, NotImplementedError):
+            pass  # torch's answer, in torch's words
+    assert set(fa_sdpa.stats().eager.reasons) == {code}
+
+
+def test_autocast_casts_the_mask_as_torch_does():
+    mask = make_mask("bias", (17, 19))
+    with torch.autocast("cpu", torch.bfloat16):
+        out, expected, _ = call_with(mask)
+    assert fa_sdpa.stats().eager.routed == 1 and out.dtype is torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_in_a_graph(kind, autocast, dynamic):
+    def attend(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask[:, :, :, : k.size(2)])
+
+    q, k, v = inputs((2, 4, 4, 17, 19, 8, 8), requires_grad=True)
+    mask = make_mask(kind, (2, 1, 17, 23))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = attend(q, k, v, mask)
+        with fa_sdpa.enable("always"):
+            out = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=dynamic)(q, k, v, mask)
+    assert fa_sdpa.stats().compiled.routed == 1
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if autocast else {}
+    torch.testing.assert_close(out, expected, **tolerance)
+    grads = zip(*(torch.autograd.grad(x.float().sum(), (q, k, v)) for x in (out, expected)), strict=True)
+    for got, want in grads:
+        torch.testing.assert_close(got, want, **tolerance)
+
+
+def test_the_kind_of_a_mask_is_its_dtype():
+    kinds = [mask_kind(x) for x in (None, torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.int32)]
+    assert kinds == ["none", "bool", "bf16", "fp16", "fp32", "other"]
+    spec = AttentionSpec(torch.bfloat16, 1, 1, 1, 8, 8, 64, 64, mask="fp16")
+    assert "attn_mask" in {reason.code for reason in fa_sdpa.kernels.cpu.config.unsupported(spec, None)}
+
+
+# ---- on the way to a GPU kernel, without one -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def preparations(monkeypatch):
+    """What would be launched to prepare masks; CPU tensors stand for the GPU's."""
+    launched = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    masks.forget()
+    yield launched, lambda: lambda *arguments: launched.append(arguments)
+    masks.forget()
+
+
+TILES = masks.Tiles(2, 4, 300, 500, None, None, 128, 64)
+
+
+def test_a_mask_is_kept_as_long_as_it_is_the_same(preparations):
+    launched, load = preparations
+    mask = torch.ones(2, 1, 300, 600, dtype=torch.bool)
+    with masks.in_eager_mode():
+        first = masks.prepared(mask[..., :500], TILES, load)
+        assert masks.prepared(mask[..., :500], TILES, load) is first and len(launched) == 1
+        changes = (
+            lambda: masks.prepared(mask[..., 1:501], TILES, load),
+            lambda: masks.prepared(mask[..., :500], TILES._replace(tile_m=64), load),
+            lambda: masks.prepared(mask[..., :500], TILES._replace(right=0), load),
+            lambda: masks.prepared(mask[..., :500].clone(), TILES, load),
+            lambda: masks.prepared(mask.fill_(True)[..., :500], TILES, load),
+        )
+        for count, change in enumerate(changes, 2):
+            assert change() is not first and len(launched) == count
+    masks.prepared(mask[..., :500], TILES, load)
+    assert len(launched) == 7
+    with torch.inference_mode(), masks.in_eager_mode():
+        mask = torch.ones(2, 1, 300, 500, dtype=torch.bool)
+        assert masks.prepared(mask, TILES, load) is not masks.prepared(mask, TILES, load)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_masks_that_are_gone_are_not_kept(preparations, dtype):
+    def load():
+        return lambda *arguments: None
+
+    with masks.in_eager_mode():
+        for _ in range(3):
+            mask = torch.ones(1, 1, 300, 500, dtype=dtype)
+            masks.prepared(mask, TILES, load)
+            done = masks.prepared(mask, TILES, load)
+            assert (done.bias is None) == (dtype is torch.bool)
+            del mask, done
+        assert len(masks._kept) == 1
+        held = [torch.ones(1, 1, 1, 500, dtype=torch.bool) for _ in range(masks.KEPT + 5)]
+        for mask in held:
+            masks.prepared(mask, TILES, load)
+        assert len(masks._kept) == masks.KEPT
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes"),
+    [
+        (torch.ones(1, 1, 1, 500, dtype=torch.bool), (1, 1, 1)),
+        (torch.ones(2, 1, 1, 500, dtype=torch.bool).expand(2, 4, 300, 500), (2, 1, 1)),
+        (torch.ones(1, 4, 300, 1), (1, 4, 300)),
+        (torch.ones(2, 4, 300, 500).bfloat16(), (2, 4, 300)),
+    ],
+    ids=["padding", "expanded", "columns", "full"],
+)
+def test_what_is_broadcast_is_read_and_written_once(preparations, mask, sizes):
+    launched, load = preparations
+    done = masks.prepared(mask, TILES, load)
+    [(given, kinds, found, bits, lists, left, right)] = launched
+    assert given.shape == (*sizes, 500) and (found is None) == (mask.dtype is torch.bool)
+    m_blocks, planes = (3 if sizes[2] > 1 else 1), (1 if mask.dtype is torch.bool else 2)
+    assert kinds.shape == (*sizes[:2], m_blocks, 8) and lists.shape == (*sizes[:2], m_blocks, LIST_HEADER + 8)
+    assert bits.shape == (*sizes[:2], planes * 8, 3 * 128 if sizes[2] > 1 else 1, 4)
+    assert left < -300 and right > 500
+    assert done.lists.shape == (2, 4, 3, LIST_HEADER + 8) and done.bits.shape == (2, 4, planes * 8, 384, 4)
+    assert done.lists.data_ptr() == lists.data_ptr() and done.bits.data_ptr() == bits.data_ptr()
+    if done.bias is not None:
+        assert done.bias.shape == (2, 4, sizes[2], 512) and done.bias.stride(3) == 1
+        torch.testing.assert_close(done.bias[..., :500], mask[:, :, : sizes[2]].expand(2, 4, sizes[2], 500))
+
+
+def test_a_window_makes_rows_differ(preparations):
+    launched, load = preparations
+    masks.prepared(torch.ones(1, 1, 1, 500, dtype=torch.bool), TILES._replace(left=-5, right=0), load)
+    [(given, kinds, _, bits, _, left, right)] = launched
+    assert given.shape == (1, 1, 300, 500) and given.stride(2) == 0 and (left, right) == (-5, 0)
+    assert kinds.shape == (1, 1, 3, 8) and bits.shape == (1, 1, 8, 384, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("slack", [0, 20])
+@pytest.mark.parametrize("seqlen_k", [7, 8, 16])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layout, slack, rows):
+    memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).bfloat16()
+    mask = memory[: 2 * rows * (seqlen_k + shift)].view(2, 1, rows, -1)[..., shift:]
+    mask = strided(mask, layout)
+    pairs = masks._in_pairs(mask, seqlen_k, 16)
+    torch.testing.assert_close(pairs[..., :seqlen_k], mask)
+    assert pairs.size(3) == 16 and pairs.stride(3) == 1 and pairs.stride(1) == 0
+    assert pairs.data_ptr() % 4 == 0 and not any(stride % 2 for stride in pairs.stride()[:3])
+    in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
+    if rows > 1 or layout == "plain":
+        assert (pairs.data_ptr() == mask.data_ptr()) == in_place
