@@ -463,8 +463,8 @@ def backward_schedule(
     A CTA comes to a unit about a tile after it has taken it, and is done with it a tile later. So rows are prepared two
     waves of CTAs before the tiles, sums are converted a wave after them, and a slot is used again some time later. With
     a mask, the longest tile takes twice the mean, and a section is half a wave; the last one has up to twice as many
-    groups, for balance at the end. In deterministic mode without one, a tile may begin DELAY blocks after the one
-    before it: so many groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
+    groups, for balance at the end. In deterministic mode a tile may begin DELAY blocks after the one before it: so many
+    groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
     """
     section = max(1, num_sms // (2 * tiles)) if is_masked else 1
     if deterministic:
@@ -487,8 +487,7 @@ def backward_heads(
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only
-    for tiles of some 50 µs: that takes four launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes four launches more.
     """
     group = heads // heads_kv
     if group * blocks < 32:
