@@ -795,7 +795,9 @@ def test_a_recorded_run_says_what_to_compile(tmp_path, capsys):
     assert [len(call["query"]) for call in log["calls"][:3]] == [4, 3, 4]
     assert any(call["where"] == "compiled" for call in log["calls"])
     names = listed(capsys, f"--arch sm_90 --calls {tmp_path / 'calls.json'}")
-    assert {KEY.name, OTHER.name} < set(names) and all("_d64_" in name for name in names)
+    masked = [name for name in names if "mask" in name]  # the call with a mask, and what prepares the mask
+    assert {name.split("_")[0] for name in masked} == {"forward", "mask"}
+    assert {KEY.name, OTHER.name} < set(names) and all("_d64_" in name or name in masked for name in names)
     (tmp_path / "calls.json").write_text("[]")
     with pytest.raises(SystemExit, match="calls.json"):
         listed(capsys, f"--arch sm_90 --calls {tmp_path / 'calls.json'}")
