@@ -334,8 +334,8 @@ class Backward(Roles, RowUnits):
         mO: cute.Tensor,  # (b, h, s_q, dv)
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         mdQ: cute.Tensor,  # (b, h, s_q, d)
-        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
-        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mdK: cute.Tensor,  # (b, h_dk, s_k, d), h_dk a multiple of h_kv
+        mdV: cute.Tensor,  # (b, h_dk, s_k, dv)
         mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
@@ -372,9 +372,9 @@ class Backward(Roles, RowUnits):
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        heads_kv = mK.shape[1]
-        group = heads // heads_kv
-        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        heads_dk = mdK.shape[1]  # a multiple of K's: then each head of K has as many groups of query heads
+        group = heads // heads_dk
+        groups, tiles = heads_dk * batch, cute.ceil_div(mK.shape[2], self.tile_n)
         scratch = split_scratch(
             mScratch,
             Int64(blocks * heads * batch),
@@ -397,7 +397,7 @@ class Backward(Roles, RowUnits):
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
             layouts,
-            Order(heads_kv, groups, tiles, parts, section, sections, ahead, lag, slots),
+            Order(heads_dk, groups, tiles, parts, section, sections, ahead, lag, slots),
             group,
         ).launch(
             grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
@@ -558,12 +558,12 @@ class Backward(Roles, RowUnits):
         return row
 
     def _join_group(self, unit: Unit, gmem: Gmem) -> Int32:
-        """Key/value head and sequence of a unit in one register, until dK or dV is stored."""
-        return unit.batch * gmem.k.shape[2] + unit.head
+        """Head of dK and dV and sequence of a unit in one register, until dK or dV is stored."""
+        return unit.batch * gmem.dk.shape[2] + unit.head
 
     def _split_group(self, group: Int32, gmem: Gmem) -> tuple[Int32, Int32]:
-        """Key/value head and sequence."""
-        heads = gmem.k.shape[2]
+        """Head of dK and dV and sequence."""
+        heads = gmem.dk.shape[2]
         return group % heads, group // heads
 
     @cute.jit
@@ -594,7 +594,8 @@ class Backward(Roles, RowUnits):
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
+                gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
@@ -1156,7 +1157,7 @@ class Backward(Roles, RowUnits):
 def example_arguments(key: KernelKey) -> tuple:
     """Tensors without data, for ``cute.compile``: everything symbolic but the head dims and the unit stride."""
     dtype = DTYPES[key.dtype]
-    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    batch, heads, heads_kv, heads_dk = (cute.sym_int() for _ in range(4))
     seqlen_q, seqlen_k = cute.sym_int(), cute.sym_int()
 
     def tensor(num_heads: cute.SymInt, seqlen: cute.SymInt, head_dim: int) -> cute.Tensor:
@@ -1174,7 +1175,7 @@ def example_arguments(key: KernelKey) -> tuple:
     return (
         *(tensor(*shape) for shape in shapes),
         lse,
-        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
+        *(tensor(*shape) for shape in (of_query, (heads_dk, *of_key[1:]), (heads_dk, *of_value[1:]))),
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),

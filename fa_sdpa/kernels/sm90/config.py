@@ -481,13 +481,13 @@ def backward_schedule(
 def backward_heads(
     heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
 ) -> int:
-    """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
-    a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
-    gradients of a key/value head are then added up.
+    """How many heads dK and dV are computed of, a multiple of heads_kv that divides heads, where a key/value head has
+    ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The gradients of a key/value
+    head are then added up.
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes four launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes two launches more.
     """
     group = heads // heads_kv
     if group * blocks < 32:
