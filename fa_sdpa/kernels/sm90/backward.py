@@ -513,14 +513,17 @@ class Backward(Roles, ShortTiles, RowUnits):
                     )
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
-                if cutlass.const_expr(self.splits_keys):
+                if cutlass.const_expr(not self.transposes_sums):
                     cute.arch.setmaxregister_increase(self.mma_registers[0])
+                if cutlass.const_expr(self.splits_keys):
                     self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
                 elif warp_idx < 8:
-                    cute.arch.setmaxregister_increase(self.mma_registers[0])
+                    if cutlass.const_expr(self.transposes_sums):
+                        cute.arch.setmaxregister_increase(self.mma_registers[0])
                     self.score(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
                 else:
-                    cute.arch.setmaxregister_increase(self.mma_registers[1])
+                    if cutlass.const_expr(self.transposes_sums):
+                        cute.arch.setmaxregister_increase(self.mma_registers[1])
                     self.differentiate(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
             else:
                 cute.arch.setmaxregister_decrease(self.dq_registers)
