@@ -200,9 +200,8 @@ class Roles:
         if self.transposes_sums:
             rP, acc_S = (self._short_scores(mmas, dtype) for dtype in (self.dtype, Float32))
             tSrK, tSrQ, tVrP, tVrdO = self._short_operands(partition.dv, smem.k, smem.q, smem.p, smem.do)
-            return ScoreOperands(
-                tSrK, tSrQ, tVrP, tVrdO, None, rP, acc_S, acc_dV=self._short_sums(mmas.dv, self.dv_columns)
-            )
+            acc_dV = self._short_sums(mmas.dv, self.dv_columns)
+            return ScoreOperands(tSrK, tSrQ, tVrP, tVrdO, None, rP, acc_S, acc_dV)
         sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
         rP = self._accumulator(mmas.sdp, self.tile_m, self.dtype)
         return ScoreOperands(
@@ -347,9 +346,8 @@ class Roles:
         if self.transposes_sums:
             rP, rdS, acc_dP = (self._short_scores(mmas, dtype) for dtype in (self.dtype, self.dtype, Float32))
             tPrV, tPrdO, tKrdS, tKrQ = self._short_operands(partition.dk, smem.v, smem.do, smem.ds, smem.q)
-            return GradientOperands(
-                tPrV, tPrdO, tKrdS, tKrQ, None, rP, rdS, acc_dP, acc_dK=self._short_sums(mmas.dk, self.dk_columns)
-            )
+            acc_dK = self._short_sums(mmas.dk, self.dk_columns)
+            return GradientOperands(tPrV, tPrdO, tKrdS, tKrQ, None, rP, rdS, acc_dP, acc_dK)
         sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
         rP, rdS = (self._accumulator(mmas.sdp, self.tile_m, self.dtype) for _ in range(2))
         return GradientOperands(
@@ -471,14 +469,16 @@ class Roles:
         """dS and dK of one block of queries, whose dP is being multiplied already, and the next one's dP."""
         stage = state.index
         pipelines.q.consumer_wait(state)
-        delta = self._statistics(smem, stage, self.tile_m, place)
+        if cutlass.const_expr(self.transposes_sums):
+            delta = self._short_statistics(smem, stage, self.tile_m)
+        else:
+            delta = self._statistics(smem, stage, self.tile_m, place)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
         cute.arch.mbarrier_wait(pipelines.p_full, stage)
         if cutlass.const_expr(self.transposes_sums):
             self._short_read(mmas, smem.p[None, None, stage], regs.rP, place)
             self._arrive(pipelines.p_empty)
-            delta = self._short_statistics(smem, stage, self.tile_m)
             self._short_gradients(regs.acc_dP, regs.rP, regs.rdS, delta)
         else:
             self._exchange_p(smem, place, self._slices(regs.rP), writes=False)
