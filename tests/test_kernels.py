@@ -234,9 +234,9 @@ def test_backward_warpgroups_fit_the_register_file():
             if chosen.has_dq_warpgroup and chosen.splits_keys:
                 assert (columns + columns_v) // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
             if chosen.transposes_sums:
-                for registers, sums in ((first, chosen.dv_columns), (second, chosen.dk_columns)):
-                    # dV or dK, S or dP, both in 16 bit; addresses
-                    assert (sums + 2 * chosen.tile_m) * chosen.tile_n // 128 + 24 <= registers
+                per_column = chosen.tile_n / 128  # of dV, S; of dK, dP and P in 16 bit; addresses
+                assert (chosen.dv_columns + chosen.tile_m) * per_column + 32 <= first
+                assert (chosen.dk_columns + 1.5 * chosen.tile_m) * per_column + 24 <= second
             elif not chosen.splits_keys:
                 assert first == second
                 for held, accumulated in ((chosen.k_slices, columns_v), (chosen.v_slices, columns)):
