@@ -406,16 +406,16 @@ def test_a_window_makes_rows_differ(preparations):
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("slack", [0, 20])
 @pytest.mark.parametrize("seqlen_k", [7, 8, 16])
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, 1, 8])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layout, slack, rows):
+def test_biases_are_read_in_aligned_rows_of_whole_blocks(seqlen_k, shift, layout, slack, rows):
     memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).bfloat16()
     mask = memory[: 2 * rows * (seqlen_k + shift)].view(2, 1, rows, -1)[..., shift:]
     mask = strided(mask, layout)
-    pairs = masks._in_pairs(mask, seqlen_k, 16)
-    torch.testing.assert_close(pairs[..., :seqlen_k], mask)
-    assert pairs.size(3) == 16 and pairs.stride(3) == 1 and pairs.stride(1) == 0
-    assert pairs.data_ptr() % 4 == 0 and not any(stride % 2 for stride in pairs.stride()[:3])
-    in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
+    aligned = masks._aligned(mask, seqlen_k, 16)
+    torch.testing.assert_close(aligned[..., :seqlen_k], mask)
+    assert aligned.size(3) == 16 and aligned.stride(3) == 1 and aligned.stride(1) == 0
+    assert aligned.data_ptr() % 16 == 0 and not any(stride % 8 for stride in aligned.stride()[:3])
+    in_place = layout == "plain" and (seqlen_k + shift) % 8 == 0 and shift != 1 and (seqlen_k == 16 or slack > 0)
     if rows > 1 or layout == "plain":
-        assert (pairs.data_ptr() == mask.data_ptr()) == in_place
+        assert (aligned.data_ptr() == mask.data_ptr()) == in_place

@@ -107,7 +107,7 @@ class TileMask(NamedTuple):
 
     lists: cute.Tensor  # (b, h, query blocks, ≥ HEADER) Int32
     bits: cute.Tensor  # (b, h, key blocks or twice as many, rows, 4) Int32
-    bias: cute.Tensor | None  # (b, h, s_q or 1, s_k rounded up to whole key blocks) of the mask's dtype
+    bias: cute.Tensor | None  # (b, h, s_q or 1, s_k rounded up to whole key blocks), rows aligned to 16 bytes
     bias_factor: Float32 | None  # from a bias to what is added to a score: log2(e) / Scoring.scale_log2
     bias_limit: Float32 | None  # a power of two; biased scores are cut off there on both sides
 

@@ -2,8 +2,9 @@
 
 A tile visits its whole blocks first, then those with bits, then the biased ones, each kind in a loop of its own; whole
 blocks run the code of a call without a mask. For the others a thread loads one word of bits for each of its rows from
-global memory before it waits for the block's scores, and for biased ones pairs of biases: all of them if they have 16
-bits, with fp32 those of one row, which are as many registers; the other row's follow when the scores are there.
+global memory before it waits for the block's scores, and for biased ones 8 biases of a row at a time, which each quad
+transposes when the scores are there: all of them if they have 16 bits, with fp32 those of one row, which are as many
+registers; the other row's follow when the scores are there.
 
 Biases are added in units of Q Kᵀ. Where some are far from 0, scores are then cut off at ± bias_limit, a power of two
 that stands for a bias of 2^18 … 2^19: huge numbers would lose, in s·c - m·c, what exp2 is to see of them. That of a
@@ -18,7 +19,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, pipeline
 
 from ..common import softmax
-from ..common.fragments import rows_by_columns
+from ..common.fragments import rows_by_columns, transpose_in_quad
 from ..common.mask import mask_bits
 from ..common.scheduler import Tiles, find_tile
 from ..key import KernelKey
@@ -229,16 +230,40 @@ class MaskedForward(Forward):
         first_row: Int32,
         n_block: Int32,
     ) -> None:
-        """Biases of this thread's rows from first_row on, 8 apart. Beyond the mask's rows and keys they may be
-        anything; their bits are 0."""
-        bits = 2 * self.bias_dtype.width
-        first_column = n_block * self.tile_n + cute.arch.lane_idx() % 4 * 2
+        """Biases of this thread's rows from first_row on, 8 apart: for lane t of a quad the keys 32w + 8t … 32w + 8t + 7
+        of a block, so that a quad reads neighbouring bytes; `_settle` hands them to whom they belong. Of what is left of
+        a block that is no multiple of 32 keys, its own pairs. Beyond the mask's rows and keys biases may be anything;
+        their bits are 0."""
+        lane, bits = cute.arch.lane_idx() % 4, self.bias_dtype.width
+        wides, first_column = self.tile_n // 32, n_block * self.tile_n
+        of_copy = 128 // bits  # elements of 16 bytes
+        wide = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.bias_dtype, num_bits_per_copy=128)
+        narrow = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.bias_dtype, num_bits_per_copy=2 * bits)
         for r in cutlass.range_constexpr(cute.size(biases, mode=[2])):
             row = cutlass.min(first_row + 8 * r, mBias.shape[2] - 1)
             start = mBias.iterator + cute.crd2idx((batch, head, row, first_column), mBias.layout)
-            pairs = cute.make_layout((2, cute.size(biases, mode=[1])), stride=(1, 8))
-            load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), self.bias_dtype, num_bits_per_copy=bits)
-            cute.copy(load, cute.make_tensor(start.align(bits // 8), pairs), biases[None, None, r])
+            shape, target = (of_copy, 8 // of_copy, wides), biases[None, None, r].iterator
+            source = cute.make_tensor((start + 8 * lane).align(16), cute.make_layout(shape, stride=(1, of_copy, 32)))
+            cute.copy(wide, source, cute.make_tensor(target, cute.make_layout(shape, stride=(1, of_copy, 8))))
+            if cutlass.const_expr(self.tile_n % 32 != 0):
+                pairs = cute.make_layout((2, self.tile_n % 32 // 8), stride=(1, 8))
+                source = cute.make_tensor((start + 32 * wides + 2 * lane).align(bits // 4), pairs)
+                rest = cute.make_layout(pairs.shape, stride=(1, 2))
+                cute.copy(narrow, source, cute.make_tensor(target + 32 * wides // 4, rest))
+
+    @cute.jit
+    def _settle(self, biases: cute.Tensor) -> None:
+        """Hand the biases of one row that were loaded 8 keys a lane to the lanes whose scores they go with."""
+        words = cute.recast_tensor(biases, Int32)
+        per_pair = self.bias_dtype.width // 16
+        quarter = cute.make_rmem_tensor(4, Int32)
+        for w in cutlass.range_constexpr(self.tile_n // 32):
+            for p in cutlass.range_constexpr(per_pair):
+                for i in cutlass.range_constexpr(4):
+                    quarter[i] = words[(4 * w + i) * per_pair + p]
+                transpose_in_quad(quarter)
+                for i in cutlass.range_constexpr(4):
+                    words[(4 * w + i) * per_pair + p] = quarter[i]
 
     @cute.jit
     def _add_biases(
@@ -260,6 +285,7 @@ class MaskedForward(Forward):
             rows = [*rows, late[None, None, 0]]
         scores = rows_by_columns(acc_S)
         for r in cutlass.range_constexpr(2):
+            self._settle(rows[r])
             biases = rows[r].load().to(Float32)
             for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
                 scores[r, c] = scores[r, c] + biases[c] * mask.bias_factor
@@ -279,12 +305,12 @@ def example_arguments(key: KernelKey) -> tuple:
         strides = tuple(cute.sym_int64(divisibility=unit) for _ in range(rank - 1))
         return cute.runtime.make_fake_tensor(dtype, shape, (*strides, 1), assumed_align=unit * dtype.width // 8)
 
-    has_bias = key.attn_mask != "bool"
+    has_bias, dtype = key.attn_mask != "bool", DTYPES[key.attn_mask]
     return (
         *(query, keys, value, out, lse),
         tensor(Int32, 4, cute.sym_int(), 1),
         tensor(Int32, 5, 4, 1),
-        tensor(DTYPES[key.attn_mask], 4, cute.sym_int(), 2) if has_bias else None,
+        tensor(dtype, 4, cute.sym_int(), 128 // dtype.width) if has_bias else None,
         *(scale, num_sms),
         *((Float32(1.0), Float32(1.0)) if has_bias else (None, None)),
         *(cap_factor, sink, stream),
