@@ -230,10 +230,10 @@ class MaskedForward(Forward):
         first_row: Int32,
         n_block: Int32,
     ) -> None:
-        """Biases of this thread's rows from first_row on, 8 apart: for lane t of a quad the keys 32w + 8t … 32w + 8t + 7
-        of a block, so that a quad reads neighbouring bytes; `_settle` hands them to whom they belong. Of what is left of
-        a block that is no multiple of 32 keys, its own pairs. Beyond the mask's rows and keys biases may be anything;
-        their bits are 0."""
+        """Biases of this thread's rows from first_row on, 8 apart: for lane t of a quad the keys 32w + 8t … 32w +
+        8t + 7 of a block, so that a quad reads neighbouring bytes; `_settle` hands them to whom they belong. Of what is
+        left of a block that is no multiple of 32 keys, its own pairs. Beyond the mask's rows and keys biases may be
+        anything; their bits are 0."""
         lane, bits = cute.arch.lane_idx() % 4, self.bias_dtype.width
         wides, first_column = self.tile_n // 32, n_block * self.tile_n
         of_copy = 128 // bits  # elements of 16 bytes
