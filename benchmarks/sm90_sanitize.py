@@ -140,7 +140,8 @@ def backward_cases() -> list[tuple[Case, int]]:
         for options in (Options(), causal)
         for (q, k, h, h_kv), layout in zip(shapes, layouts, strict=True)
     ]
-    wide = (("bf16", 64, 128), ("fp16", 192, 128), ("bf16", 192, 192), ("bf16", 256, 256))
+    pairs = (("bf16", 64, 128), ("fp16", 192, 128), ("bf16", 192, 192), ("bf16", 256, 256))
+    wide = (*pairs, ("bf16", 128, 192), ("fp16", 192, 64), ("fp16", 64, 256))
     others = [
         Case(dtype, d, dv, 1, 4, 2, q, k, options)
         for dtype, d, dv in wide

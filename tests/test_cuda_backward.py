@@ -15,6 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa_sdpa
 import fa_sdpa.ops
 from fa_sdpa import reference
+from fa_sdpa.kernels import launch
+from fa_sdpa.meta.spec import Options
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from forward_cases import LAYOUTS, with_layout  # noqa: E402
@@ -49,6 +51,23 @@ def check(q, k, v, dout=None, **options):
         assert grad.stride() == torch.empty_like(x.transpose(1, 2)).transpose(1, 2).stride()
     assert_grads_within_bound(grads, q, k, v, dout, **options)
     return grads
+
+
+@pytest.mark.parametrize("layout", ["bshd", "packed", "cache"])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "seqlen", "d", "dv", "options"),
+    [
+        (8, 2, 1000, 64, 64, {"is_causal": True}),
+        (7, 1, 700, 128, 128, {}),
+        (12, 2, 900, 80, 80, {"is_causal": True}),
+        (8, 2, 800, 192, 128, {"window_left": 300}),
+    ],
+)
+def test_groups_in_parts_where_tiles_are_few(heads, heads_kv, seqlen, d, dv, options, layout):
+    q, k, v = inputs(1, heads, heads_kv, seqlen, seqlen, d, dv)
+    assert launch._backward_launch_of(q, k, v, Options(**options)).heads > heads_kv
+    k, v = (with_layout(x.contiguous(), layout) for x in (k, v))
+    check(q, k, v, **options)
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
@@ -184,17 +203,65 @@ def test_routed_training_step(compiled):
     assert_grads_within_bound((dq / 2, dk, dv), (q * 2).detach(), k, v, dout * 3, is_causal=True)
 
 
-def test_deterministic_training_is_left_to_torch_with_the_reason():
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"heads": 40, "heads_kv": 40, "sq": 700, "sk": 700, "d": 128}, {"is_causal": True}),
+        ({"heads": 28, "heads_kv": 4, "sq": 520, "sk": 1030, "d": 128}, {}),
+        ({"heads": 32, "heads_kv": 8, "sq": 1000, "sk": 1000, "d": 64}, {"is_causal": True}),
+        ({"heads": 8, "heads_kv": 8, "sq": 900, "sk": 900, "d": 128}, {"window_left": 200, "window_right": 50}),
+        ({"heads": 4, "heads_kv": 2, "sq": 600, "sk": 900, "d": 256}, {"is_causal": True}),
+        ({"heads": 4, "heads_kv": 2, "sq": 600, "sk": 900, "d": 192}, {"softcap": 20.0}),
+    ],
+    ids=str,
+)
+def test_deterministic_mode_repeats_bit_for_bit(deterministic, sizes, options):
+    q, k, v = inputs(**sizes)
+    first = check(q, k, v, dout := torch.randn_like(q), **options)
+    out, lse = fwd(q, k, v, **options)
+    for _ in range(50):
+        for grad, again in zip(first, bwd(dout, q, k, v, out, lse, **options), strict=True):
+            assert torch.equal(grad, again)
+
+
+def test_deterministic_training_is_routed(deterministic):
     q, k, v = inputs(requires_grad=True)
     fa_sdpa.reset_stats()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with fa_sdpa.enable("always"):
-            F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert q.grad is not None and fa_sdpa.stats().routed == 0
-    assert fa_sdpa.stats().reasons["nondeterministic"] == 1
+    with fa_sdpa.enable("always"):
+        F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum().backward()
+    assert q.grad is not None and fa_sdpa.stats().routed == 1
+
+
+def test_streams_side_by_side_and_other_numbers_of_ctas(monkeypatch):
+    """Waits between CTAs end also when few run at a time, or more are launched than fit."""
+    calls = []
+    for sizes in ({"heads": 32, "heads_kv": 8, "d": 128}, {"heads": 16, "heads_kv": 16, "d": 64}):
+        q, k, v = inputs(batch=4, sq=600, sk=600, **sizes)
+        out, lse = fwd(q, k, v, is_causal=True)
+        calls.append((torch.randn_like(out), q, k, v, out, lse))
+    expected = [bwd(*call, is_causal=True) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        found = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(bwd(*call, is_causal=True))
+    torch.cuda.synchronize()
+    for num_sms in (1, 3, 40, 500):
+        plans = {key: plan._replace(num_sms=num_sms) for key, plan in launch._backward_plans.items()}
+        monkeypatch.setattr(launch, "_backward_plans", plans)
+        found += [bwd(*call, is_causal=True) for call in calls]
+    for grads, wanted in zip(found, expected * 5, strict=True):
+        for grad, want in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, want, atol=5e-2, rtol=2e-2)  # parts of a group are rounded one by one
 
 
 def test_cuda_graph_capture():

@@ -66,7 +66,10 @@ def calls() -> Iterator[Case]:
 
 
 BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns, stores by TMA and from registers
-    config.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    config.backward_key(
+        dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap, deterministic=deterministic
+    )
+    for deterministic in (False, True)
     for dtype, head_dim, head_dim_v, is_causal, window, softcap in (
         (torch.bfloat16, 64, 64, False, False, False),
         (torch.float16, 64, 64, True, False, False),
@@ -154,6 +157,7 @@ def test_key_names_are_distinct_and_parse_back():
         {"attn_mask": "bool", "is_causal": True},
         {"attn_mask": "bool", "direction": "backward"},
         {"sink": True, "direction": "backward"},
+        {"deterministic": True},
     ],
 )
 def test_key_is_checked_at_birth(change):
@@ -203,8 +207,11 @@ def test_every_pair_of_head_dims_has_a_backward_tile():
                 chosen = config.backward_config(head_dim, head_dim_v, softcap)
                 assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
                 assert chosen.stages_dq or not chosen.splits_keys  # a late dQ is only ever added from shared memory
-                rows = chosen.tile_m * (2 + chosen.dq_columns)
-                assert chosen.scratch_per_block == rows and chosen.dq_columns >= head_dim
+                assert chosen.dq_columns >= head_dim and chosen.adders == (2 if chosen.stages_dq else 4)
+                assert chosen.stages_dq or chosen.has_dq_warpgroup  # which adds to the sums itself
+                statistics, sums, counters = 4 * 3 * 2 * chosen.tile_m, 2 * 2 * 3 * chosen.tile_m * chosen.dq_columns, 5
+                assert chosen.scratch(4, 3, 2, 2, False) == statistics + sums + counters
+                assert chosen.scratch(4, 3, 2, 2, True) == statistics + sums + counters + 2 * 2 * 3 * chosen.adders
 
 
 def test_backward_warpgroups_fit_the_register_file():
@@ -306,6 +313,88 @@ def test_query_heads_are_packed_for_one_query_that_nothing_tells_apart():
     assert not any((config.packs_gqa(1, 1, False), config.packs_gqa(8, 2, False), config.packs_gqa(8, 1, True)))
 
 
+# ---- the backward's order --------------------------------------------------------------------------------------------
+
+
+def units_of(heads, batch, tiles, parts, is_masked, deterministic, num_sms):
+    """Schedule and units of a launch in their order, found as the kernel finds them, with Python's integers."""
+    needs_compiler()
+    from fa_sdpa.kernels.sm90 import backward_order
+
+    groups = heads * batch
+    schedule = config.backward_schedule(groups, tiles, 2 * tiles, is_masked, deterministic, num_sms)
+    section, sections, ahead, lag, slots = schedule
+    order = backward_order.Order(heads, groups, tiles, parts, section, sections, ahead, lag, slots)
+    count = ahead * parts + groups * (tiles + 2 * parts) + lag * parts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backward_order, "Int32", int)
+        patch.setattr(backward_order, "Int64", int)
+        find = backward_order.find_unit.__wrapped__
+        units = [find(i, order, is_masked or deterministic, deterministic) for i in range(count + 3)]
+    assert [unit.kind for unit in units[-3:]] == [backward_order.END] * 3
+    return schedule, units[:-3]
+
+
+@pytest.mark.parametrize("mode", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("num_sms", [1, 2, 7, 132])
+def test_every_unit_comes_once_and_waits_only_for_earlier_ones(mode, num_sms):
+    from fa_sdpa.kernels.sm90.backward_order import CONVERT, MULTIPLY, NONE, PREPARE
+
+    sizes = itertools.product((1, 7), (1, 3, 5), (1, 2, 8, 17), (1, 2, 5))
+    for heads, batch, tiles, parts in [*sizes, (16, 8, 4, 4), (4, 1, 64, 64)]:
+        schedule, units = units_of(heads, batch, tiles, parts, *mode, num_sms)
+        units = [(unit.batch * heads + unit.head, unit) for unit in units if unit.kind != NONE]
+        first, last = {}, {}
+        for i, (group, unit) in enumerate(units):
+            assert unit.slot == group % schedule.slots and unit.generation == group // schedule.slots
+            assert unit.is_reused == (group + schedule.slots < heads * batch)
+            first.setdefault((group, unit.kind), i)
+            last[group, unit.kind] = i
+        counts = (PREPARE, parts), (MULTIPLY, tiles), (CONVERT, parts)
+        expected = itertools.product(range(heads * batch), counts)
+        assert sorted((group, unit.kind, unit.index) for group, unit in units) == sorted(
+            (group, kind, index) for group, (kind, count) in expected for index in range(count)
+        )
+        for group in range(heads * batch):
+            assert last[group, PREPARE] < first[group, MULTIPLY]
+            assert last[group, MULTIPLY] < first[group, CONVERT]  # sums are converted when they are complete
+            if group >= schedule.slots:  # and are zero again before the slot's next user adds to them
+                assert last[group - schedule.slots, CONVERT] < first[group, MULTIPLY]
+        if mode[1]:  # in deterministic mode a tile waits for the group's tile of the next keys
+            seen = {}
+            for group, unit in units:
+                if unit.kind == MULTIPLY:
+                    assert unit.index == seen.get(group, tiles) - 1
+                    seen[group] = unit.index
+
+
+def test_the_ring_stays_small():
+    for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
+        for is_masked in (False, True):
+            groups = 16384 // seqlen * 16
+            schedule = config.backward_schedule(groups, seqlen // 128, seqlen // 64, is_masked, False, 132)
+            assert schedule.slots * seqlen * 128 * 4 <= 40 << 20, (seqlen, schedule)
+
+
+@pytest.mark.parametrize(
+    ("call", "heads"),
+    [
+        # heads, heads_kv, tiles of a key/value head in the batch, blocks of queries, longest_first
+        ((16, 4, 32, 64, True), 16),
+        ((16, 4, 32, 64, False), 4),  # 128 tiles, nearly a wave
+        ((16, 4, 36, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
+        ((32, 8, 256, 32, True), 8),
+        ((28, 4, 2, 5, True), 28),
+        ((28, 4, 2, 4, True), 4),  # too small
+        ((12, 4, 40, 80, True), 12),
+        ((8, 2, 70, 100, True), 4),
+        ((16, 16, 4, 100, True), 16),
+    ],
+)
+def test_heads_of_a_backward_call(call, heads):
+    assert config.backward_heads(*call, deterministic=False, num_sms=132) == heads
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -361,19 +450,19 @@ def test_refusal_lists_every_reason():
         "attn_mask",
         "dropout",
         "scale",
-        "nondeterministic",
         "strides",
         "shared_memory",
     ]
     assert "84" in reasons[1].text and "0.1" in reasons[4].text and "101376" in reasons[-1].text
 
 
-def test_gradients_have_a_kernel_except_in_deterministic_mode():
+def test_gradients_have_a_kernel_also_in_deterministic_mode():
     for change in ({}, {"window": True}, {"softcap": 30.0}, {"head_dim": 256, "head_dim_v": 8}):
-        assert kernels.unsupported(spec(needs_grad=True, **change), H100) == ()
-    assert kernels.unsupported(spec(deterministic=True), H100) == ()
-    reasons = kernels.unsupported(spec(needs_grad=True, deterministic=True), H100)
-    assert [reason.code for reason in reasons] == ["nondeterministic"]
+        for deterministic in (False, True):
+            call = spec(needs_grad=True, deterministic=deterministic, **change)
+            assert kernels.unsupported(call, H100) == ()
+            backward = [key for key in launch.keys(call, H100) if key.direction == "backward"]
+            assert [key.deterministic for key in backward] == [deterministic]
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("inf"), float("nan")])

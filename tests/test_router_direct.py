@@ -356,13 +356,28 @@ def launched(monkeypatch):
         launch.private, "empty_strided_cuda", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
     )
     monkeypatch.setattr(launch, "_backward_plans", {})
-    backward = launch._BackwardPlan(lambda *arguments: calls.append(arguments), 132, 64, 1000)
+    config = launch.sm90.backward_config(64, 64)
+    backward = launch._BackwardPlan(lambda *arguments: calls.append(arguments), 132, config)
     monkeypatch.setattr(
         launch, "_make_backward_plan", lambda *wanted: launch._backward_plans.setdefault(wanted, backward)
     )
     plan = launch._Plan(lambda *arguments: calls.append(arguments), 0.25)
     monkeypatch.setattr(launch, "_make_plan", lambda *wanted: launch._plans.setdefault(wanted, plan))
     return calls
+
+
+def test_a_prepared_backward_launches_what_deterministic_mode_asks_for(launched):
+    q, k, v = (torch.randn(2, 4, 9, 64).to(torch.bfloat16) for _ in range(3))
+    out, lse = launch.attention_fwd(q, k, v, None, Options())
+    run = launch.prepared_bwd(out, q, k, v, out, lse, Options())
+    for mode in (True, False):
+        torch.use_deterministic_algorithms(mode)
+        try:
+            run(out, q, k, v, out, lse)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    sizes = [arguments[9].numel() for arguments in launched[1:]]  # of scratch memory
+    assert sizes[0] > sizes[1] and [wanted[4][2] for wanted in launch._backward_plans] == [False, True]
 
 
 def metadata(x):

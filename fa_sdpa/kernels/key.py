@@ -12,7 +12,8 @@ DIRECTIONS = ("forward", "backward", "mask")
 _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
     r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
-    r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?(?:_mask(?P<attn_mask>[a-z0-9]+))?"
+    r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?(?P<deterministic>_deterministic)?"
+    r"(?:_mask(?P<attn_mask>[a-z0-9]+))?"
 )
 
 
@@ -38,9 +39,8 @@ class KernelKey:
     softcap: bool = False  # scores are capped; the cap is an argument
     sink: bool = False  # every row's softmax has one more score, an argument
     split: bool = False  # several CTAs share the keys of a tile, and their results are combined
-    attn_mask: str = (
-        ""  # of MASK_DTYPES: the forward of calls with such a mask; what it hides is in tile lists and bits
-    )
+    deterministic: bool = False  # the backward adds dq up in a fixed order
+    attn_mask: str = ""  # of MASK_DTYPES: the forward of calls with such a mask, whose tile lists and bits it gets
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -70,6 +70,8 @@ class KernelKey:
             raise ValueError(f"{self.sink=}: to the backward a sink is part of lse")
         if self.split and (self.direction == "backward" or self.is_causal or self.window or self.sink):
             raise ValueError(f"{self.split=}: only a forward in which every row sees every key, without a sink")
+        if self.deterministic and self.direction == "forward":
+            raise ValueError(f"{self.deterministic=}: the forward always is")
 
     @property
     def name(self) -> str:
@@ -77,8 +79,8 @@ class KernelKey:
         mask = "window" if self.window else "causal" if self.is_causal else "full"
         return (
             f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
-            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}"
-            f"{'_softcap' * self.softcap}{'_sink' * self.sink}{'_split' * self.split}"
+            f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}{'_softcap' * self.softcap}{'_sink' * self.sink}"
+            f"{'_split' * self.split}{'_deterministic' * self.deterministic}"
             f"{f'_mask{self.attn_mask}' if self.attn_mask else ''}"
         )
 
@@ -92,6 +94,6 @@ class KernelKey:
         mask = values.pop("mask")
         values["is_causal"], values["window"] = mask == "causal", mask == "window"
         values["attn_mask"] = values["attn_mask"] or ""
-        for flag in ("softcap", "sink", "split"):
+        for flag in ("softcap", "sink", "split", "deterministic"):
             values[flag] = bool(values[flag])
         return cls(**values)

@@ -34,8 +34,7 @@ class _BackwardPlan(NamedTuple):
 
     run: Kernel
     num_sms: int
-    tile_m: int
-    scratch_per_block: int  # fp32 elements for each tile_m query rows of a head
+    config: sm90.BackwardConfig
 
 
 class _MaskedPlan(NamedTuple):
@@ -239,7 +238,7 @@ def attention_bwd(
 
     Returns:
         dq, dk, dv in the dtypes and memory layouts of query, key and value. The order in which dq's summands are added
-        varies from run to run. A row that saw no key contributes nothing.
+        varies from run to run, unless torch's deterministic mode is on. A row that saw no key contributes nothing.
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
@@ -251,10 +250,17 @@ def attention_bwd(
     dq, dk, dv = empty_grads(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
     scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
+    grads: tuple[Tensor, ...] = dk, dv
+    if heads != key.shape[1]:
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
+        grads = torch.empty_like(key), torch.empty_like(value)
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, scratch, *scalars))
+    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
+    if heads != dk.shape[1]:
+        for parts, grad in zip(grads, (dk, dv), strict=True):
+            torch.sum(parts.unflatten(1, (grad.shape[1], -1)), 2, out=grad)
     return dq, dk, dv
 
 
@@ -271,8 +277,11 @@ def prepared_bwd(
         return any_run
     if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
         return any_run
-    run, elements, scalars = _backward_launch_of(query, key, value, options)
+    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
+    if heads != key.shape[1]:
+        return any_run
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
+    is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
     layout_scratch = (elements,), (1,), torch.float32
 
@@ -280,7 +289,7 @@ def prepared_bwd(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, ...]:
         addresses = dout.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
-        if addresses & 15 or current_device() != device:
+        if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
             return any_run(dout, query, key, value, out, lse)
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
         run(dout, query, key, value, out, lse, dq, dk, dv, scratch, *scalars)
@@ -295,12 +304,14 @@ class _BackwardLaunch(NamedTuple):
     run: Kernel
     scratch: int  # fp32 elements
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
+    heads: int  # of K, V and their gradients in the kernel; see config.backward_heads
 
 
 def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
     batch, heads, seqlen_q, head_dim = query.shape
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
-    flags = (left is not None, options.softcap > 0.0)
+    deterministic = private.is_deterministic()
+    flags = (left is not None, options.softcap > 0.0, deterministic)
     wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, query.get_device())
     plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
     scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
@@ -309,9 +320,14 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
     scale_log2, cap_factor = scale * LOG2_E, None
     if options.softcap:
         scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
-    blocks = batch * heads * -(-seqlen_q // plan.tile_m)
-    scalars = (scale, scale_log2, plan.num_sms, left, right, cap_factor)
-    return _BackwardLaunch(plan.run, blocks * plan.scratch_per_block, scalars)
+    blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
+    is_masked = is_causal or left is not None
+    summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
+    visits = blocks * (heads // summed)
+    schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
+    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)
+    scalars = (scale, scale_log2, plan.num_sms, *schedule, left, right, cap_factor)
+    return _BackwardLaunch(plan.run, size, scalars, summed)
 
 
 def _run_on(device: int, run: Kernel, arguments: tuple) -> None:
@@ -352,7 +368,8 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
-    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, window=window, softcap=flags[1])
+    options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic}
+    backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, **options)
     return (*needed, backward)
 
 
@@ -482,15 +499,16 @@ def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Ten
 
 
 def _make_backward_plan(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool], device: int
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool, bool], device: int
 ) -> _BackwardPlan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no backward kernel for {dtype} on {target.name} (arch {target.arch})")
-    window, softcap = flags
-    key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, window=window, softcap=softcap)
+    window, softcap, deterministic = flags
+    options = {"window": window, "softcap": softcap, "deterministic": deterministic}
+    key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, **options)
     config = sm90.backward_config(head_dim, head_dim_v, softcap)
-    plan = _BackwardPlan(kernel(key), target.num_sms, config.tile_m, config.scratch_per_block)
+    plan = _BackwardPlan(kernel(key), target.num_sms, config)
 
     def keep() -> None:
         _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan

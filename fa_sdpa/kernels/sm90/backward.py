@@ -5,21 +5,22 @@ For each query row i and each key j that it sees, with c = softmax_scale · log2
     p_ij = 2^(s_ij·c - lse_i·log2(e)),   dp_ij = dO_i · v_j,   δ_i = dO_i · O_i,   ds_ij = p_ij · (dp_ij - δ_i)
     dV_j = Σ_i p_ij · dO_i,   dK_j = softmax_scale · Σ_i ds_ij · q_i,   dQ_i = softmax_scale · Σ_j ds_ij · k_j
 
-Three launches: `prepare` writes lse·log2(e) and δ and zeroes the sums of dQ, `kernel` is the rest of this page,
-`finish` rounds the sums of dQ to 16 bit (backward_rows.py has the first and the last, and the layout of scratch
-memory). Each is launched while the one before it ends (griddepcontrol).
+Two launches: `reset` zeroes counters, `kernel` is the rest, launched while the one before it ends (griddepcontrol). Its
+CTAs take units of three kinds, tiles, of which this page tells, blocks of rows to prepare (δ, lse) and sums of dQ to
+convert (backward_units.py, with backward_rows.py, which also has the layout of scratch memory, and
+backward_convert.py), in an order of which backward_order.py tells; that is also why the sums take little memory.
 
 A tile is a block of tile_n keys of a key/value head: its K and V stay in shared memory, dK and dV in registers, while
-the query blocks of tile_m rows that see it pass by, last one first, of every query head of the group in turn. So GQA
-needs no sums of dK and dV in memory, and the tiles of a causal head that run at the same time read the same blocks at
-the same time. dQ is added to fp32 sums in global memory, from shared memory by bulk reductions. (Straight from
-registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers are not free until then; that is what
-happens where shared memory has no room.)
+the query blocks of tile_m rows that see it pass by, last one first (in deterministic mode the first one), of every
+query head of the group in turn. So GQA needs no sums of dK and dV in memory, and the tiles of a causal head that run
+at the same time read the same blocks at the same time. dQ is added to fp32 sums in global memory, from shared memory
+by bulk reductions. (Straight from registers, 16 bytes a lane, an SM gets rid of 32 bytes a cycle, and the registers
+are not free until then; that is what happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
-    warpgroup 0      warp 0 issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and, where there is no
-                     third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
-    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV
+    warpgroup 0      warp 0 takes the units and issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and,
+                     where there is no third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
+    warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV; rows
     warpgroup 3      dQ, where it would take the others too many registers
 
 Scores are computed transposed, keys × queries, and Pᵀ and dSᵀ are the A operands of dV and dK straight from registers.
@@ -31,12 +32,15 @@ Three splits of the work (config.has_dq_warpgroup, config.splits_keys):
                           warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (backward_roles.py)
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
-    k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; released after the tile's last block
+    k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; k is released after the tile's last block, v
+                       after the last block's dP
     q       2 stages   TMA, 1 arrival + bytes (with lse and δ of the block) → 8 warps; released after dK of the block,
                        by warpgroup 1 of shared keys after P
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
+    q, do   also take blocks of rows: O and dO, or the two halves of the sums of dQ, an even number of times each
     ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
     p       1 stage    4 warps → 4 warps (shared keys)
+    units   4 entries  warp 0, 1 arrival → all other warps that work
 
 Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
@@ -61,6 +65,7 @@ window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own
 Static options of a key, whose values are arguments (Scoring):
     window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
     softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
+    deterministic tiles add to a block in falling order: a counter of the block says whose turn it is (no argument)
 A sink is part of lse and needs nothing here.
 
 Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other
@@ -80,10 +85,35 @@ from ..common import fragments, softmax
 from ..common.atomics import bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
-from ..common.scheduler import L2_BYTES, Tiles, find_tile, first_steps
 from ..key import KernelKey
+from .backward_order import (
+    CONVERT,
+    END,
+    ENTRIES,
+    FIELDS,
+    MULTIPLY,
+    PART_BLOCKS,
+    PREPARE,
+    WARPS,
+    Order,
+    Queue,
+    Unit,
+    get_unit,
+    put_unit,
+    take_unit,
+)
 from .backward_roles import HIDDEN, Place, Roles
-from .backward_rows import THREADS, WARPGROUP, Scratch, finish, prepare, split_scratch
+from .backward_rows import (
+    THREADS,
+    WARPGROUP,
+    Scratch,
+    await_count,
+    count_up,
+    end_turn,
+    reset,
+    split_scratch,
+)
+from .backward_units import RowUnits
 from .config import BackwardConfig, round_up
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
@@ -101,6 +131,7 @@ class Pipelines(NamedTuple):
     ds_empty: cute.Pointer
     p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
     p_empty: cute.Pointer | None
+    units: Queue
 
 
 class Smem(NamedTuple):
@@ -114,6 +145,8 @@ class Smem(NamedTuple):
     p: cute.Tensor | None  # (8, WARPGROUP, values / 8 of a thread), 16 bit, not swizzled, where products are shared
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
+    sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
+    o: cute.Tensor  # (tile_m, width_v, stages); where there is no room for it, where dO is
 
 
 class Layouts(NamedTuple):
@@ -133,8 +166,11 @@ class Gmem(NamedTuple):
     v: cute.Tensor  # (s_k, dv, h_kv, b)
     q: cute.Tensor  # (s_q, d, h, b)
     do: cute.Tensor  # (s_q, dv, h, b)
+    o: cute.Tensor  # (s_q, dv, h, b)
     dk: cute.Tensor  # (s_k, d, h_kv, b)
     dv: cute.Tensor  # (s_k, dv, h_kv, b)
+    dq: cute.Tensor  # (s_q, d, h, b) in memory
+    lse: cute.Tensor  # (b, h, s_q) fp32 in memory
 
 
 class Atoms(NamedTuple):
@@ -144,6 +180,7 @@ class Atoms(NamedTuple):
     v: cute.CopyAtom
     q: cute.CopyAtom
     do: cute.CopyAtom
+    o: cute.CopyAtom
     dk: cute.CopyAtom | None
     dv: cute.CopyAtom | None
 
@@ -153,6 +190,15 @@ class Mmas(NamedTuple):
     dk: cute.TiledMma  # (tile_n, columns of dK)
     dv: cute.TiledMma  # (tile_n, columns of dV)
     dq: cute.TiledMma  # (tile_m, columns of dQ)
+
+
+class Additions(NamedTuple):
+    """Where, and when, a warp adds its share of dQ of a block to its sums."""
+
+    block: Int64  # of the ring
+    turn: cute.Pointer | None  # in deterministic mode, the counter
+    awaited: Int32  # what it must have reached
+    handed_on: Int32  # what it is set to
 
 
 class Scoring(NamedTuple):
@@ -195,7 +241,7 @@ class Context(NamedTuple):
     place: Place
 
 
-class Backward(Roles):
+class Backward(Roles, RowUnits):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
@@ -208,11 +254,15 @@ class Backward(Roles):
         self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
         self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
         self.stores_by_tma = config.stores_by_tma
+        # Half of the sums of dQ of a block fits where its dO does, and its O where Q does; else each has two stages.
+        self.splits_sums, self.splits_rows = self.dq_columns > self.width_v, self.width_v > self.width
         self.dk_columns, self.dv_columns = (
             columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
         )
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
+        self.deterministic, self.adders = key.deterministic, config.adders
+        self.interleaved = key.is_causal or key.window or key.deterministic
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
         self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
@@ -242,11 +292,6 @@ class Backward(Roles):
         dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
         return Mmas(sdp, dk, dv, dq)
 
-    def _sums_mma(self) -> cute.TiledMma:
-        """The multiplication whose accumulators the sums of dQ are laid out as, of two warpgroups."""
-        split = (2, 1) if self.dq_by_rows else (1, 2)
-        return tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, self.dq_columns // split[1])
-
     def _shared_storage(self, layouts: Layouts) -> type:
         def buffer(layout: cute.ComposedLayout | None) -> type:
             elements = 0 if layout is None else cute.cosize(layout)
@@ -262,6 +307,10 @@ class Backward(Roles):
             ds_empty: cute.struct.MemRange[cutlass.Int64, self.stages]
             p_full: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
             p_empty: cute.struct.MemRange[cutlass.Int64, 0 if self.splits_keys else 1]
+            units_full: cute.struct.MemRange[cutlass.Int64, ENTRIES]
+            units_empty: cute.struct.MemRange[cutlass.Int64, ENTRIES]
+            units: cute.struct.MemRange[Int32, FIELDS * ENTRIES]
+            turns: cute.struct.MemRange[Int32, WARPS]
             statistics: cute.struct.Align[cute.struct.MemRange[Float32, 2 * self.tile_m * self.stages], 16]
             sK: buffer(layouts.k)  # type: ignore[valid-type]
             sV: buffer(layouts.v)  # type: ignore[valid-type]
@@ -287,10 +336,15 @@ class Backward(Roles):
         mdQ: cute.Tensor,  # (b, h, s_q, d)
         mdK: cute.Tensor,  # (b, h_kv, s_k, d)
         mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
-        mScratch: cute.Tensor,  # fp32, BackwardConfig.scratch_per_block for each block of query rows of a head
+        mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
         num_sms: Int32,
+        section: Int32,  # this and the next four: see Order
+        sections: Int32,
+        ahead: Int32,
+        lag: Int32,
+        slots: Int32,
         window_left: Int32 | None,  # row i sees the keys from i + window_left on: see Window
         window_right: Int32 | None,
         cap_factor: Float32 | None,  # see Scoring
@@ -310,53 +364,48 @@ class Backward(Roles):
                 (load, mV, layouts.v, self.tile_n, self.width_v),
                 (load, mQ, layouts.q, self.tile_m, self.width),
                 (load, mdO, layouts.do, self.tile_m, self.width_v),
+                (load, mO, layouts.do, self.tile_m, self.width_v),
                 (store, mdK, layouts.dk, 64, self.head_dim),
                 (store, mdV, layouts.dv, 64, self.head_dim_v),
             )
         ]
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
-        blocks = cute.ceil_div(seqlen_q, self.tile_m) * heads * batch
-        scratch = split_scratch(mScratch, Int64(blocks), self.tile_m, self.dq_values)
-        prepare(mO, mdO, mLSE, scratch, self.tile_m).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream)
-
+        blocks = cute.ceil_div(seqlen_q, self.tile_m)
+        heads_kv = mK.shape[1]
+        group = heads // heads_kv
+        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        scratch = split_scratch(
+            mScratch,
+            Int64(blocks * heads * batch),
+            Int64(slots * group * blocks),
+            groups,
+            slots,
+            self.tile_m,
+            self.dq_values,
+            self.adders if self.deterministic else None,
+        )
+        reset(scratch.counters).launch(
+            grid=[cute.ceil_div(cute.size(scratch.counters), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
+        )
+        parts = cute.ceil_div(blocks * group, PART_BLOCKS)
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
-        bytes_per_query = (self.head_dim + self.head_dim_v) * self.dtype.width // 8 + self.head_dim * 4
-        paired = Int64(batch * heads) * seqlen_q * bytes_per_query > L2_BYTES
-        tiles = Tiles(cute.ceil_div(mK.shape[2], self.tile_n), mK.shape[1], batch, paired)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies)),
+            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ), mLSE),
             scratch,
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
             layouts,
-            tiles,
-            heads // mK.shape[1],
+            Order(heads_kv, groups, tiles, parts, section, sections, ahead, lag, slots),
+            group,
         ).launch(
-            grid=[cutlass.min(first_steps(tiles), num_sms), 1, 1],
+            grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
             block=[WARPGROUP * (1 + self.warpgroups), 1, 1],
             stream=stream,
             min_blocks_per_mp=1,
             use_pdl=True,
         )
-
-        unit = self.dq_columns if self.dq_by_rows else self.dq_columns // 2
-        sdQ_layout = smem_layout(self.dtype, self.tile_m, self.dq_columns, 1, unit)
-        store_atom, mdQ_tma = cpasync.make_tiled_tma_atom(
-            store, s_d_h_b(mdQ), cute.select(sdQ_layout, mode=[0, 1]), (self.tile_m, self.dq_columns)
-        )
-        finish(
-            scratch,
-            store_atom,
-            mdQ_tma,
-            sdQ_layout,
-            self._sums_mma(),
-            softmax_scale,
-            self.dtype,
-            self.tile_m,
-            self.dq_columns,
-        ).launch(grid=[blocks, 1, 1], block=[THREADS, 1, 1], stream=stream, use_pdl=True)
 
     @cute.kernel
     def kernel(
@@ -367,16 +416,17 @@ class Backward(Roles):
         scoring: Scoring,
         mmas: Mmas,
         layouts: Layouts,
-        tiles: Tiles,
+        order: Order,
         qhead_per_kvhead: Int32,
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms[: 6 if self.stores_by_tma else 4]:
+            for atom in atoms[: 7 if self.stores_by_tma else 5]:
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
+        sums = cute.make_layout((4, WARPGROUP, self.dq_values // 4))
         exchanged = cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP)))
         smem = Smem(
             *(
@@ -392,6 +442,16 @@ class Backward(Roles):
             None if self.splits_keys else storage.sP.get_tensor(exchanged),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
+            tuple(
+                self._in_stages(buffer.data_ptr(), width, sums, None)
+                for buffer, width in ((storage.sQ, self.width), (storage.sdO, self.width_v))
+            ),
+            self._in_stages(
+                (storage.sdO if self.splits_rows else storage.sQ).data_ptr(),
+                self.width_v if self.splits_rows else self.width,
+                cute.select(layouts.do.outer, mode=[0, 1]),
+                layouts.do.inner,
+            ),
         )
         width = self.dtype.width // 8
         # Warps that read K, V and both of Q and dO, that write dS and that read it.
@@ -408,6 +468,12 @@ class Backward(Roles):
             storage.ds_empty.data_ptr(),
             None if self.splits_keys else storage.p_full.data_ptr(),
             None if self.splits_keys else storage.p_empty.data_ptr(),
+            Queue(
+                storage.units.get_tensor(cute.make_layout((FIELDS, ENTRIES))),
+                storage.units_full.data_ptr(),
+                storage.units_empty.data_ptr(),
+                storage.turns.get_tensor(cute.make_layout(WARPS)),
+            ),
         )
         if warp_idx == 0:
             with cute.arch.elect_one():
@@ -417,35 +483,59 @@ class Backward(Roles):
                 if cutlass.const_expr(not self.splits_keys):
                     cute.arch.mbarrier_init(pipelines.p_full, writing)
                     cute.arch.mbarrier_init(pipelines.p_empty, writing)
+                for i in cutlass.range_constexpr(ENTRIES):
+                    cute.arch.mbarrier_init(pipelines.units.full + i, 1)
+                    cute.arch.mbarrier_init(pipelines.units.empty + i, main + dq + 2 * self.stages_dq)
+                for i in cutlass.range_constexpr(WARPS):
+                    pipelines.units.turns[i] = Int32(0)
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()  # for what `prepare` wrote
-        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()  # for what `reset` wrote
 
         if warp_idx < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_idx == 0:
-                self.load(atoms, gmem, scratch, smem, pipelines, tiles, scoring.window, qhead_per_kvhead)
+                self.load(atoms, gmem, scratch, smem, pipelines, order, scoring.window, qhead_per_kvhead)
             if cutlass.const_expr(self.stages_dq):
                 if warp_idx == 1 or warp_idx == 2:
                     self.add_dq(
-                        atoms, gmem, scratch, smem.dq, layouts, tiles, scoring.window, qhead_per_kvhead, warp_idx - 1
+                        atoms,
+                        gmem,
+                        scratch,
+                        smem.dq,
+                        pipelines.units,
+                        layouts,
+                        order,
+                        scoring.window,
+                        qhead_per_kvhead,
+                        warp_idx - 1,
                     )
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
                 cute.arch.setmaxregister_increase(self.mma_registers)
                 if cutlass.const_expr(self.splits_keys):
-                    self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+                    self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
                 elif warp_idx < 8:
-                    self.score(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+                    self.score(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
                 else:
-                    self.differentiate(gmem, smem, pipelines, tiles, mmas, scoring, qhead_per_kvhead)
+                    self.differentiate(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
             else:
                 cute.arch.setmaxregister_decrease(self.dq_registers)
-                self.multiply_dq(gmem, scratch, smem, pipelines, tiles, mmas, scoring.window, qhead_per_kvhead)
+                self.multiply_dq(gmem, scratch, smem, pipelines, order, mmas, scoring.window, qhead_per_kvhead)
         else:
             cute.arch.setmaxregister_increase(self.mma_registers)
-            self.mma(gmem, smem, pipelines, tiles, mmas, layouts, scoring, qhead_per_kvhead)
+            self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
+
+    def _in_stages(
+        self, start: cute.Pointer, width: int, layout: cute.Layout, swizzle: cute.Swizzle | None
+    ) -> cute.Tensor:
+        """Something else in the stages of Q or dO, as many columns wide: 16-bit values, swizzled, or else fp32."""
+        stride = self.tile_m * width
+        if swizzle is None:
+            start, stride = cute.recast_ptr(start, dtype=Float32), stride // 2
+        else:
+            start = cute.recast_ptr(start, swizzle, dtype=self.dtype)
+        return cute.make_tensor(start, cute.append(layout, cute.make_layout(self.stages, stride=stride)))
 
     def _pipeline(self, barriers, stages: int, num_bytes: int, warps: int) -> pipeline.PipelineTmaAsync:
         """Pipeline from the producer to so many warps, of so many bytes a stage, filled-up zeros included."""
@@ -459,13 +549,22 @@ class Backward(Roles):
         )
 
     @cute.jit
-    def _find_tile(self, step: Int32, tiles: Tiles):
-        """``find_tile`` for tiles of keys; where early keys are seen by more rows, they count from the end."""
-        later_cost_more = self.is_causal or self.has_window
-        step, is_valid, n_block, head_kv, batch = find_tile(step, tiles, later_cost_more)
-        if cutlass.const_expr(later_cost_more):
-            n_block = tiles.num_m_blocks - 1 - n_block
-        return step, is_valid, n_block, head_kv, batch
+    def _row(self, wg: Int32) -> Int32:
+        """Key of the tile of this thread's first row of S, of dK and of dV; its second is 8 keys further on."""
+        tidx = fragments.read_thread_idx() % WARPGROUP
+        row = tidx // 32 * 16 + tidx % 32 // 4
+        if cutlass.const_expr(self.splits_keys):
+            row += wg * 64
+        return row
+
+    def _join_group(self, unit: Unit, gmem: Gmem) -> Int32:
+        """Key/value head and sequence of a unit in one register, until dK or dV is stored."""
+        return unit.batch * gmem.k.shape[2] + unit.head
+
+    def _split_group(self, group: Int32, gmem: Gmem) -> tuple[Int32, Int32]:
+        """Key/value head and sequence."""
+        heads = gmem.k.shape[2]
+        return group % heads, group // heads
 
     @cute.jit
     def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
@@ -479,36 +578,78 @@ class Backward(Roles):
         scratch: Scratch,
         smem: Smem,
         pipelines: Pipelines,
-        tiles: Tiles,
+        order: Order,
         window: Window | None,
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Producer warp, for each tile: K, V, then Q and dO of all blocks of all query heads of the group."""
+        """Producer warp: takes the units of this CTA, and loads for each tile K, V, then Q and dO of all blocks of all
+        query heads of the group."""
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         heads = gmem.q.shape[2]
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, window)
-            load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, kv_state)
-            load_tile(atoms.v, gmem.v[None, None, head_kv, batch], smem.v, n_block, pipelines.v, kv_state)
-            kv_state.advance()
-            for i in cutlass.range(end - start, unroll=1):
-                m_block = end - 1 - i
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    head = head_kv * qhead_per_kvhead + g
-                    load_tile(atoms.q, gmem.q[None, None, head, batch], smem.q, m_block, pipelines.q, q_state)
+        turn, tile = Int32(0), Int32(0)
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        put_unit(pipelines.units, turn, unit, tile)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                self._await_rows(unit, order, gmem, scratch)
+                load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
+                total = (end - start) * qhead_per_kvhead
+                for i in cutlass.range(total, unroll=1):
+                    m_block = self._visited(total - 1 - i, start, end, qhead_per_kvhead)
+                    head = unit.head * qhead_per_kvhead + i % qhead_per_kvhead
+                    gQ, gdO = gmem.q[None, None, head, unit.batch], gmem.do[None, None, head, unit.batch]
+                    load_tile(atoms.q, gQ, smem.q, m_block, pipelines.q, q_state)
                     with cute.arch.elect_one():
                         cute.copy(
                             cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Float32),
-                            scratch.statistics[None, Int64((batch * heads + head) * blocks + m_block)],
+                            scratch.statistics[None, Int64((unit.batch * heads + head) * blocks + m_block)],
                             smem.statistics[None, q_state.index],
                             mbar_ptr=pipelines.q.producer_get_barrier(q_state),
                         )
-                    load_tile(atoms.do, gmem.do[None, None, head, batch], smem.do, m_block, pipelines.do, q_state)
+                    if i == 0:
+                        load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
+                    load_tile(atoms.do, gdO, smem.do, m_block, pipelines.do, q_state)
                     q_state.advance()
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+                if total == 0:
+                    load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
+                kv_state.advance()
+                tile += 1
+            elif unit.kind == CONVERT:
+                await_count(scratch.added.iterator + unit.slot, (unit.generation + 1) * order.tiles * self.adders)
+                self._load_sums(unit, gmem, scratch, smem, pipelines, q_state.clone(), qhead_per_kvhead)
+            elif unit.kind == PREPARE:
+                self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
+            turn += 1
+            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+            put_unit(pipelines.units, turn, unit, tile)
+
+    @cute.jit
+    def _visited(self, left: Int32, start: Int32, end: Int32, qhead_per_kvhead: Int32) -> Int32:
+        """The query block that a tile visits before the last ``left`` ones, heads counted singly."""
+        if cutlass.const_expr(self.deterministic):
+            return end - 1 - left // qhead_per_kvhead
+        return start + left // qhead_per_kvhead
+
+    @cute.jit
+    def _masked(self, blocks: tuple[Int32, Int32, Int32, Int32], qhead_per_kvhead: Int32) -> tuple[Int32, Int32]:
+        """How many visits are left of a tile after those at its beginning that need a mask, and how many need one at
+        its end. ``blocks``: see query_blocks."""
+        start, unmasked_start, unmasked_end, end = blocks
+        if cutlass.const_expr(not self.has_window):
+            unmasked_end = end
+        if cutlass.const_expr(self.deterministic):
+            return (end - unmasked_start) * qhead_per_kvhead, (end - unmasked_end) * qhead_per_kvhead
+        return (unmasked_end - start) * qhead_per_kvhead, (unmasked_start - start) * qhead_per_kvhead
+
+    @cute.jit
+    def _await_rows(self, unit: Unit, order: Order, gmem: Gmem, scratch: Scratch) -> None:
+        """Wait until the rows of a tile's group are prepared, and its first slot is zero."""
+        group = self._join_group(unit, gmem)
+        await_count(scratch.prepared.iterator + group, order.parts * (THREADS // 32))
 
     @cute.jit
     def add_dq(
@@ -517,52 +658,124 @@ class Backward(Roles):
         gmem: Gmem,
         scratch: Scratch,
         sdQ: cute.Tensor,
+        units: Queue,
         layouts: Layouts,
-        tiles: Tiles,
+        order: Order,
         window: Window | None,
         qhead_per_kvhead: Int32,
         wg: Int32,
     ) -> None:
         """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
         dV and dK of every tile from there."""
-        heads = gmem.q.shape[2]
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         source = sdQ[None, 0, 0, wg].iterator
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, window)
-            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
-            for i in cutlass.range(end - start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    self._exchange_dq(wg)
-                    block = Int64(first_block + g * blocks + end - 1 - i)
+        unit, _ = get_unit(units)
+        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                next_start = self._next_start(unit, gmem, window)
+                self._await_slot(unit, order, gmem, scratch)
+                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                for i in cutlass.range(total, unroll=1):
+                    where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
+                    target = self._position(i, *where, wg)
+                    if cutlass.const_expr(self.deterministic):
+                        await_count(target.turn, target.awaited)
+                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
                     with cute.arch.elect_one():
-                        target = scratch.sums[None, 0, 0, wg, block].iterator
-                        bulk_add(target, source, 4 * WARPGROUP * self.dq_values)
-                    cute.arch.cp_async_bulk_commit_group()
-            if cutlass.const_expr(self.stores_by_tma):
-                row_block = n_block * 2 + wg
-                for atom, mX, layout in (
-                    (atoms.dv, gmem.dv[None, None, head_kv, batch], layouts.dv),
-                    (atoms.dk, gmem.dk[None, None, head_kv, batch], layouts.dk),
-                ):
-                    self._exchange_dq(wg)
-                    sX = self._in_dq(sdQ, layout, wg)
-                    gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
-                    tXsX, tXgX = cpasync.tma_partition(
-                        atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
-                    )
-                    cute.copy(atom, tXsX, tXgX)
-                    cute.arch.cp_async_bulk_commit_group()
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+                        sums = scratch.sums[None, 0, 0, wg, target.block].iterator
+                        bulk_add(sums, source, 4 * WARPGROUP * self.dq_values)
+                    self._release_dq(wg)
+                    if cutlass.const_expr(self.deterministic):
+                        if i > 0:  # a block late, as it takes as long as a block until it is added
+                            cute.arch.cp_async_bulk_wait_group(1)
+                            end_turn(last, target.handed_on)
+                        last = target.turn
+                if cutlass.const_expr(self.deterministic and not self.stores_by_tma):
+                    if total > 0:
+                        cute.arch.cp_async_bulk_wait_group(0)
+                        end_turn(last, self._turn(unit, order) + 1)
+                if cutlass.const_expr(self.stores_by_tma):
+                    row_block = unit.index * 2 + wg
+                    for atom, mX, layout in (
+                        (atoms.dv, gmem.dv[None, None, unit.head, unit.batch], layouts.dv),
+                        (atoms.dk, gmem.dk[None, None, unit.head, unit.batch], layouts.dk),
+                    ):
+                        sX = self._in_dq(sdQ, layout, wg)
+                        gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
+                        tXsX, tXgX = cpasync.tma_partition(
+                            atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
+                        )
+                        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+                        cute.copy(atom, tXsX, tXgX)
+                        self._release_dq(wg)
+                        if cutlass.const_expr(self.deterministic and layout is layouts.dv):
+                            if total > 0:
+                                cute.arch.cp_async_bulk_wait_group(1)
+                                end_turn(last, self._turn(unit, order) + 1)
+                cute.arch.cp_async_bulk_wait_group(0)
+                count_up(scratch.added.iterator + unit.slot)
+            unit, _ = get_unit(units)
 
     @cute.jit
-    def _exchange_dq(self, wg: Int32) -> None:
-        """Tell an MMA warpgroup that its part of dQ's shared memory has been read, and wait until it is full again."""
+    def _release_dq(self, wg: Int32) -> None:
+        """Tell an MMA warpgroup, once it is so, that what it put into dQ's shared memory has been read."""
+        cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
         cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
-        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+
+    @cute.jit
+    def _conversions(self, unit: Unit, order: Order) -> Int32:
+        """How often warps must have finished a part of a conversion before the slot is this unit's group's."""
+        return unit.generation * order.parts * (THREADS // 32)
+
+    @cute.jit
+    def _await_slot(self, unit: Unit, order: Order, gmem: Gmem, scratch: Scratch) -> None:
+        """Wait until a tile's group has its slot of the ring, and it is zero."""
+        self._await_rows(unit, order, gmem, scratch)
+        await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
+
+    @cute.jit
+    def _next_start(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
+        """The tile of the next keys, which comes first, adds to those query blocks of this one that are not before
+        this. (Neither start nor end of their ranges ever falls.)"""
+        next_start = Int32(0)
+        if cutlass.const_expr(self.deterministic):
+            next_start = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+            if (unit.index + 1) * self.tile_n < gmem.k.shape[0]:
+                next_start, _, _, _ = self._query_blocks(unit.index + 1, gmem, window)
+        return next_start
+
+    @cute.jit
+    def _turn(self, unit: Unit, order: Order) -> Int32:
+        """In deterministic mode, how many tiles before this one add to its slot."""
+        return unit.generation * order.tiles + order.tiles - 1 - unit.index
+
+    @cute.jit
+    def _position(
+        self,
+        index: Int32,  # of a block of the tile, in the order in which they are visited
+        unit: Unit,
+        start: Int32,  # of the tile's query blocks
+        end: Int32,
+        next_start: Int32,
+        order: Order,
+        qhead_per_kvhead: Int32,
+        gmem: Gmem,
+        scratch: Scratch,
+        adder: Int32,  # of the warps that add
+    ) -> Additions:
+        """Where dQ of that block goes."""
+        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
+        m_block = self._visited((end - start) * qhead_per_kvhead - 1 - index, start, end, qhead_per_kvhead)
+        block = Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
+        if cutlass.const_expr(not self.deterministic):
+            return Additions(block, None, Int32(0), Int32(0))
+        before, awaited = self._turn(unit, order), Int32(0)
+        if m_block >= next_start:
+            awaited = before
+        turn = scratch.turns.iterator + cute.crd2idx((adder, block), scratch.turns.layout)
+        return Additions(block, turn, awaited, before + 1)
 
     def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32) -> cute.Tensor:
         """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory."""
@@ -604,80 +817,99 @@ class Backward(Roles):
     def mma(
         self,
         gmem: Gmem,
+        scratch: Scratch,
         smem: Smem,
         pipelines: Pipelines,
-        tiles: Tiles,
+        order: Order,
         mmas: Mmas,
         layouts: Layouts,
         scoring: Scoring,
         qhead_per_kvhead: Int32,
     ) -> None:
-        """MMA warpgroup: all tiles of this CTA, its part of each."""
+        """MMA warpgroup: its part of all units of this CTA."""
         tidx, _, _ = cute.arch.thread_idx()
         tidx = tidx - WARPGROUP
         wg = cute.arch.make_warp_uniform(tidx // WARPGROUP)
-        lane_row = tidx % WARPGROUP // 32 * 16 + tidx % 32 // 4
-        place = Place(tidx, wg, wg * 64 + lane_row)
+        place = Place(tidx, wg)
         regs = self._operands(mmas, smem, wg)
         context = Context(mmas, regs, smem, pipelines, scoring, place)
         if wg == 0:
             cute.arch.barrier_arrive(barrier_id=TURN, number_of_threads=THREADS)
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                q_state = self._tile(context, gmem, layouts, unit, tile, q_state, qhead_per_kvhead)
+            self._do_rows(context, gmem, scratch, unit, q_state, qhead_per_kvhead)
+            unit, tile = get_unit(pipelines.units)
+
+    @cute.jit
+    def _tile(
+        self,
+        context: Context,
+        gmem: Gmem,
+        layouts: Layouts,
+        unit: Unit,
+        tile: Int32,  # number of the tile among this CTA's
+        q_state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> pipeline.PipelineState:
+        """This warpgroup's part of a tile; the state of Q and dO after it."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        wg = place.wg
+        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
-            if cutlass.const_expr(not self.has_window):
-                unmasked_end = end
-            first_key = n_block * self.tile_n + place.row
-            total = (end - start) * qhead_per_kvhead
-            left = total
-            pipelines.k.consumer_wait(kv_state)
-            if left > 0:
-                pipelines.q.consumer_wait(q_state)
-            self._issue_s(mmas, regs, q_state)
-            pipelines.v.consumer_wait(kv_state)
-            regs.acc_dK.fill(0.0)
-            regs.acc_dV.fill(0.0)
-            if cutlass.const_expr(self.has_window):
-                for i in cutlass.range(end - unmasked_end, unroll=1):
-                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                    for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                        left -= 1
-                        self._block(context, q_state, left == total - 1, left, limits)
-                        q_state.advance()
-            for _ in cutlass.range(unmasked_end - unmasked_start, unroll=1):
-                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    self._block(context, q_state, left == total - 1, left, None)
-                    q_state.advance()
-            for i in cutlass.range(unmasked_start - start, unroll=1):
-                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    self._block(context, q_state, left == total - 1, left, limits)
-                    q_state.advance()
-            if cutlass.const_expr(not self.has_dq_warpgroup):
-                if total > 0:
-                    cute.arch.mbarrier_wait(
-                        pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index)
-                    )
-                acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
-                warpgroup.wait_group(0)
-                if total > 0:
-                    self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index)
-            warpgroup.wait_group(0)
-            pipelines.k.consumer_release(kv_state)
+        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        start, _, _, end = query_range
+        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
+        first_key, group = unit.index * self.tile_n + self._row(wg), self._join_group(unit, gmem)
+        total = (end - start) * qhead_per_kvhead
+        left = total
+        pipelines.k.consumer_wait(kv_state)
+        if left > 0:
+            pipelines.q.consumer_wait(q_state)
+        self._issue_s(mmas, regs, q_state)
+        pipelines.v.consumer_wait(kv_state)
+        if total == 0:
             pipelines.v.consumer_release(kv_state)
-            kv_state.advance()
-            if cutlass.const_expr(self.stores_by_tma):
-                self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
-                self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
-            else:
-                self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
-                self._store(regs.acc_dK, gmem.dk[None, None, head_kv, batch], first_key, place, scoring.softmax_scale)
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        regs.acc_dK.fill(0.0)
+        regs.acc_dV.fill(0.0)
+        # Of a tile's blocks, each for all heads of the group, ``left`` tells which one it is, and whether it is masked.
+        if cutlass.const_expr(self.has_window or self.deterministic):
+            while left > unmasked:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._block(context, q_state, left == total - 1, left, limits)
+                q_state.advance()
+        while left > masked:
+            left -= 1
+            self._block(context, q_state, left == total - 1, left, None)
+            q_state.advance()
+        if cutlass.const_expr(self.has_window or not self.deterministic):
+            while left > 0:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._block(context, q_state, left == total - 1, left, limits)
+                q_state.advance()
+        if cutlass.const_expr(not self.has_dq_warpgroup):
+            if total > 0:
+                cute.arch.mbarrier_wait(pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index))
+            acc_dQ = self._issue_dq(mmas, regs, 1 - q_state.index)
+            warpgroup.wait_group(0)
+            if total > 0:
+                self._give_dq(acc_dQ, smem, pipelines, place, 1 - q_state.index)
+        warpgroup.wait_group(0)
+        pipelines.k.consumer_release(kv_state)
+        if cutlass.const_expr(self.stores_by_tma):
+            self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
+            self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+        else:
+            head, batch = self._split_group(group, gmem)
+            self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
+            self._store(regs.acc_dK, gmem.dk[None, None, head, batch], first_key, scoring.softmax_scale)
+        return q_state
 
     @cute.jit
     def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
@@ -710,6 +942,8 @@ class Backward(Roles):
                 mask_right(regs.acc_S, limits[1], fill)
         self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
         warpgroup.wait_group(0)
+        if left == 0:  # the next tile's V may come
+            pipelines.v.consumer_release(pipeline.PipelineState(1, Int32(0), Int32(0), Int32(0)))
         self._score_gradients(regs, acc_dP, self._statistics(smem, stage, self.tile_m, place))
         tVrP, tVrdO = regs.tVrP, regs.tVrdO[None, None, None, stage]
         tKrdS, tKrQ = regs.tKrdS, regs.tKrQ[None, None, None, stage]
@@ -884,7 +1118,7 @@ class Backward(Roles):
         rounded = self._round(acc, scale)
         alone = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (1, 1), cute.size(sX, mode=[1]), a_in_registers=True)
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
-        copy = cute.make_tiled_copy_C(atom, alone).get_slice(place.tidx % WARPGROUP)
+        copy = cute.make_tiled_copy_C(atom, alone).get_slice(fragments.read_thread_idx() % WARPGROUP)
         cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
         cute.copy(copy, copy.retile(rounded), copy.partition_D(sX))
         cute.arch.fence_view_async_shared()
@@ -896,13 +1130,12 @@ class Backward(Roles):
         acc: cute.Tensor,
         mX: cute.Tensor,  # (s_k, d / 2) of one head, pairs of values as Int32
         first_key: Int32,
-        place: Place,
         scale: Float32,
     ) -> None:
         """Round scale · acc and write this thread's two rows; a quad writes 64 neighbouring bytes at a time."""
         pairs = cute.recast_tensor(self._round(acc, scale), Int32)
         groups = cute.size(pairs) // 2  # of eight columns
-        lane = place.tidx % 4
+        lane = fragments.read_thread_idx() % 4
         store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Int32, num_bits_per_copy=128)
         for r in cutlass.range_constexpr(2):
             row = first_key + 8 * r
@@ -942,7 +1175,7 @@ def example_arguments(key: KernelKey) -> tuple:
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),
-        Int32(1),
+        *(Int32(1) for _ in range(6)),  # num_sms, then the five of Order
         Int32(0) if key.window else None,
         Int32(0) if key.window else None,
         Float32(1.0) if key.softcap else None,

@@ -10,6 +10,8 @@ goes to `differentiate` in 16 bit through shared memory, each thread's values to
 (with a softcap times its derivative, which dV does without); dS goes to `multiply_dq` as usual. What registers are left
 hold the first columns of K and V (config.k_slices, v_slices).
 
+Warpgroups 1 and 2 do the units about rows between tiles; `multiply_dq` goes on to its next tile.
+
 Timeline, block i (‖: at the same time; each warpgroup goes on at its own pace):
     score            wait for S_i; P_i = 2^(…), to shared memory; dV += P_i dO_i  ‖  S_{i+1} = K Q_{i+1}ᵀ
     differentiate    wait for dP_i and P_i; dS_i = P_i ∘ (dP_i - δ_i), to shared memory; dK += dS_i Q_i  ‖  dP_{i+1}
@@ -23,29 +25,28 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, pipeline
+from cutlass import Boolean, Float32, Int32, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..common import fragments, softmax
 from ..common.atomics import add_fragment
 from ..common.mask import mask_left, mask_right
-from ..common.scheduler import Tiles
-from .backward_rows import WARPGROUP, Scratch
+from .backward_order import END, MULTIPLY, Order, Unit, get_unit
+from .backward_rows import WARPGROUP, Scratch, await_count, count_up, end_turn
 from .wgmma import K_MAJOR, issue, tiled_mma, transposed
 
 if TYPE_CHECKING:
     from ..common.blocks import Window
-    from .backward import Gmem, Mmas, Pipelines, Scoring, Smem
+    from .backward import Additions, Gmem, Mmas, Pipelines, Scoring, Smem
 
 HIDDEN = -1e18  # a masked score that is capped: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 
 
 class Place(NamedTuple):
-    """Where this thread's elements of S are: the first one's key; its second row is 8 keys further on."""
+    """Which of the threads that compute S this one is."""
 
     tidx: Int32  # of the threads that compute S
     wg: Int32
-    row: Int32  # of the tile's keys
 
 
 class ScoreOperands(NamedTuple):
@@ -85,35 +86,45 @@ class Roles:
         scratch: Scratch,
         smem: "Smem",
         pipelines: "Pipelines",
-        tiles: Tiles,
+        order: Order,
         mmas: "Mmas",
         window: "Window | None",
         qhead_per_kvhead: Int32,
     ) -> None:
         """Warpgroup that multiplies dQ of every block, all of its columns."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
         partition = self._partitions().dq.get_slice(0)
         tQrdS = partition.make_fragment_A(partition.partition_A(smem.ds))
         tQrK = partition.make_fragment_B(partition.partition_B(transposed(smem.k)))
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        heads = gmem.q.shape[2]
-        blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, window)
-            first_block = (batch * heads + head_kv * qhead_per_kvhead) * blocks
-            pipelines.k.consumer_wait(kv_state)
-            for i in cutlass.range(end - start, unroll=1):
-                for g in cutlass.range(qhead_per_kvhead, unroll=1):
-                    block = Int64(first_block + g * blocks + end - 1 - i)
-                    sums = scratch.sums[None, thread, None, None, block]
+        adder = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            if unit.kind == MULTIPLY:
+                kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
+                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                next_start = self._next_start(unit, gmem, window)
+                if cutlass.const_expr(not self.stages_dq):
+                    self._await_slot(unit, order, gmem, scratch)
+                pipelines.k.consumer_wait(kv_state)
+                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                for i in cutlass.range(total, unroll=1):
+                    target = None
+                    if cutlass.const_expr(not self.stages_dq):
+                        where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
+                        target = self._position(i, *where, adder)
                     cute.arch.mbarrier_wait(pipelines.ds_full + state.index, state.phase)
-                    self._dq_of_block(mmas, tQrdS[None, None, None, state.index], tQrK, smem, pipelines, state, sums)
+                    tQrdS_stage = tQrdS[None, None, None, state.index]
+                    self._dq_of_block(mmas, tQrdS_stage, tQrK, scratch, smem, pipelines, state, target, last, i > 0)
+                    if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                        last = target.turn
                     state.advance()
-            pipelines.k.consumer_release(kv_state)
-            kv_state.advance()
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+                pipelines.k.consumer_release(kv_state)
+                if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                    if total > 0:
+                        end_turn(last, self._turn(unit, order) + 1)
+                if cutlass.const_expr(not self.stages_dq):
+                    count_up(scratch.added.iterator + unit.slot)
+            unit, tile = get_unit(pipelines.units)
 
     @cute.jit
     def _dq_of_block(
@@ -121,10 +132,13 @@ class Roles:
         mmas: "Mmas",
         tQrdS: cute.Tensor,
         tQrK: cute.Tensor,
+        scratch: Scratch,
         smem: "Smem",
         pipelines: "Pipelines",
         state: pipeline.PipelineState,  # of dS
-        sums: cute.Tensor,  # (4, values / 4, 2) fp32, this thread's in global memory
+        target: "Additions | None",  # None: other warps add it
+        last: cute.Pointer,  # in deterministic mode, the turn to hand on, of the block before
+        has_last: Boolean,
     ) -> None:
         """dQ, dq_chunk columns at a time."""
         chunks = self.dq_columns // self.dq_chunk
@@ -135,16 +149,22 @@ class Roles:
             warpgroup.wait_group(0)
             if cutlass.const_expr(c == chunks - 1):
                 self._arrive(pipelines.ds_empty + state.index)
-            self._add_chunk(acc, c, smem, sums)
+            if cutlass.const_expr(self.stages_dq):
+                self._stage_chunk(acc, c, smem)
+            else:
+                if cutlass.const_expr(self.deterministic and c == 0):
+                    if has_last:  # a block late, as it takes as long as a product until it is added
+                        end_turn(last, target.handed_on)
+                    await_count(target.turn, target.awaited)
+                first, thread = c * cute.size(acc), cute.arch.thread_idx()[0] % WARPGROUP
+                group, part = first % self.dq_values // 4, first // self.dq_values
+                add_fragment(scratch.sums[None, thread, group, part, target.block].iterator, acc, WARPGROUP)
 
     @cute.jit
-    def _add_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem", sums: cute.Tensor) -> None:
-        """Chunk ``c`` of dQ to the warps that add its two parts, or to memory right here."""
+    def _stage_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem") -> None:
+        """Chunk ``c`` of dQ to the warps that add its two parts."""
         first, size = c * cute.size(acc), cute.size(acc)
-        if cutlass.const_expr(not self.stages_dq):
-            target = sums[None, first % self.dq_values // 4, first // self.dq_values].iterator
-            add_fragment(target, acc, WARPGROUP)
-        for part in cutlass.range_constexpr(2 if self.stages_dq else 0):
+        for part in cutlass.range_constexpr(2):
             begin, end = part * self.dq_values, (part + 1) * self.dq_values
             if cutlass.const_expr(first < end and begin < first + size):
                 values = range(max(begin, first), min(end, first + size), 4)
@@ -154,14 +174,15 @@ class Roles:
     def score(
         self,
         gmem: "Gmem",
+        scratch: Scratch,
         smem: "Smem",
         pipelines: "Pipelines",
-        tiles: Tiles,
+        order: Order,
         mmas: "Mmas",
         scoring: "Scoring",
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Warpgroup that multiplies S and dV of all tiles of this CTA."""
+        """Warpgroup that multiplies S and dV of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
         partition = self._partitions()
         sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
@@ -177,44 +198,62 @@ class Roles:
             acc_dV=self._accumulator(mmas.dv, self.dv_columns),
         )
         context = (mmas, regs, smem, pipelines, scoring, place)
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
+            if unit.kind == MULTIPLY:
+                state = self._score_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
+            unit, tile = get_unit(pipelines.units)
+
+    @cute.jit
+    def _score_tile(
+        self,
+        context: tuple,  # as Context, of ScoreOperands
+        gmem: "Gmem",
+        unit: Unit,
+        tile: Int32,  # number of the tile among this CTA's
+        state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> pipeline.PipelineState:
+        """S, P and dV of a tile; the state of Q and dO after it."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, unmasked_start, unmasked_end, end = self._query_blocks(n_block, gmem, scoring.window)
-            if cutlass.const_expr(not self.has_window):
-                unmasked_end = end
-            first_key = n_block * self.tile_n + place.row
-            left = (end - start) * qhead_per_kvhead
-            pipelines.k.consumer_wait(kv_state)
-            self._load_columns(smem.k, regs.rK, place)
-            if left > 0:
-                pipelines.q.consumer_wait(state)
-            self._issue_scores(mmas, regs, state)
-            regs.acc_dV.fill(0.0)
-            if cutlass.const_expr(self.has_window):
-                for i in cutlass.range(end - unmasked_end, unroll=1):
-                    limits = self._limits(first_key, end - 1 - i, place, seqlen_k, scoring.window)
-                    for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                        left -= 1
-                        self._score_block(context, state, left, limits)
-                        state.advance()
-            for _ in cutlass.range((unmasked_end - unmasked_start) * qhead_per_kvhead, unroll=1):
+        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        start, _, _, end = query_range
+        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
+        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
+        left = (end - start) * qhead_per_kvhead
+        pipelines.k.consumer_wait(kv_state)
+        self._load_columns(smem.k, regs.rK, place)
+        if left > 0:
+            pipelines.q.consumer_wait(state)
+        self._issue_scores(mmas, regs, state)
+        regs.acc_dV.fill(0.0)
+        if cutlass.const_expr(self.has_window or self.deterministic):
+            while left > unmasked:
                 left -= 1
-                self._score_block(context, state, left, None)
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._score_block(context, state, left, limits)
                 state.advance()
-            for i in cutlass.range(unmasked_start - start, unroll=1):
-                limits = self._limits(first_key, unmasked_start - 1 - i, place, seqlen_k, scoring.window)
-                for _ in cutlass.range(qhead_per_kvhead, unroll=1):
-                    left -= 1
-                    self._score_block(context, state, left, limits)
-                    state.advance()
-            warpgroup.wait_group(0)
-            pipelines.k.consumer_release(kv_state)
-            kv_state.advance()
-            self._store(regs.acc_dV, gmem.dv[None, None, head_kv, batch], first_key, place, Float32(1.0))
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        while left > masked:
+            left -= 1
+            self._score_block(context, state, left, None)
+            state.advance()
+        if cutlass.const_expr(self.has_window or not self.deterministic):
+            while left > 0:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                self._score_block(context, state, left, limits)
+                state.advance()
+        warpgroup.wait_group(0)
+        pipelines.k.consumer_release(kv_state)
+        head, batch = self._split_group(group, gmem)
+        self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
+        return state
 
     @cute.jit
     def _score_block(
@@ -261,14 +300,15 @@ class Roles:
     def differentiate(
         self,
         gmem: "Gmem",
+        scratch: Scratch,
         smem: "Smem",
         pipelines: "Pipelines",
-        tiles: Tiles,
+        order: Order,
         mmas: "Mmas",
         scoring: "Scoring",
         qhead_per_kvhead: Int32,
     ) -> None:
-        """Warpgroup that multiplies dP and dK of all tiles of this CTA."""
+        """Warpgroup that multiplies dP and dK of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
         partition = self._partitions()
         sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
@@ -284,29 +324,47 @@ class Roles:
             acc_dP=self._accumulator(mmas.sdp, self.tile_m),
             acc_dK=self._accumulator(mmas.dk, self.dk_columns),
         )
-        kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, 1)
+        context = (mmas, regs, smem, pipelines, scoring, place)
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        step, is_valid, n_block, head_kv, batch = self._find_tile(Int32(0), tiles)
-        while is_valid:
-            start, _, _, end = self._query_blocks(n_block, gmem, scoring.window)
-            first_key = n_block * self.tile_n + place.row
-            left = (end - start) * qhead_per_kvhead
-            pipelines.v.consumer_wait(kv_state)
-            self._load_columns(smem.v, regs.rV, place)
-            if left > 0:
-                pipelines.do.consumer_wait(state)
-            self._issue_dp(mmas, regs, state)
-            regs.acc_dK.fill(0.0)
-            for _ in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
-                left -= 1
-                self._differentiate_block(mmas, regs, smem, pipelines, place, state, left)
-                state.advance()
-            warpgroup.wait_group(0)
-            pipelines.v.consumer_release(kv_state)
-            kv_state.advance()
-            target = gmem.dk[None, None, head_kv, batch]
-            self._store(regs.acc_dK, target, first_key, place, scoring.softmax_scale)
-            step, is_valid, n_block, head_kv, batch = self._find_tile(step + 1, tiles)
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
+            if unit.kind == MULTIPLY:
+                state = self._differentiate_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
+            unit, tile = get_unit(pipelines.units)
+
+    @cute.jit
+    def _differentiate_tile(
+        self,
+        context: tuple,  # as Context, of GradientOperands
+        gmem: "Gmem",
+        unit: Unit,
+        tile: Int32,  # number of the tile among this CTA's
+        state: pipeline.PipelineState,
+        qhead_per_kvhead: Int32,
+    ) -> pipeline.PipelineState:
+        """dP, dS and dK of a tile; the state of Q and dO after it."""
+        mmas, regs, smem, pipelines, scoring, place = context
+        kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
+        start, _, _, end = self._query_blocks(unit.index, gmem, scoring.window)
+        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
+        left = (end - start) * qhead_per_kvhead
+        pipelines.v.consumer_wait(kv_state)
+        self._load_columns(smem.v, regs.rV, place)
+        if left > 0:
+            pipelines.do.consumer_wait(state)
+        self._issue_dp(mmas, regs, state)
+        regs.acc_dK.fill(0.0)
+        for _ in cutlass.range((end - start) * qhead_per_kvhead, unroll=1):
+            left -= 1
+            self._differentiate_block(mmas, regs, smem, pipelines, place, state, left)
+            state.advance()
+        warpgroup.wait_group(0)
+        pipelines.v.consumer_release(kv_state)
+        head, batch = self._split_group(group, gmem)
+        target = gmem.dk[None, None, head, batch]
+        self._store(regs.acc_dK, target, first_key, scoring.softmax_scale)
+        return state
 
     @cute.jit
     def _issue_dp(self, mmas: "Mmas", regs: GradientOperands, state: pipeline.PipelineState) -> None:
@@ -404,9 +462,8 @@ class Roles:
         pipelines.q.consumer_release(state)
 
     def _place_alone(self) -> Place:
-        """Where this thread's elements of S or dP are, of which its warpgroup has all."""
-        thread = cute.arch.thread_idx()[0] % WARPGROUP
-        return Place(thread, Int32(0), thread // 32 * 16 + thread % 32 // 4)
+        """This thread's place where its warpgroup has all of S or dP."""
+        return Place(cute.arch.thread_idx()[0] % WARPGROUP, Int32(0))
 
     @cute.jit
     def _exchange_p(self, smem: "Smem", place: Place, rounded: cute.Tensor, writes: cutlass.Constexpr[bool]) -> None:

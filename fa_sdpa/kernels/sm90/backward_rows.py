@@ -1,13 +1,18 @@
-"""What the backward does to each block of query rows before and after its main kernel.
+"""What the backward knows of rows of queries before it multiplies, and its scratch memory.
 
-    prepare   δ_i = Σ dO_i ∘ O_i, and lse_i in log2 units, side by side where the main kernel loads them; dQ's sums = 0
-    finish    dQ = softmax_scale · the sums, in 16 bit and in dQ's memory layout
+    reset     zeroes the counters, before the main kernel; the only other launch
+    prepare   δ_i = Σ dO_i ∘ O_i and lse_i in log2 units, side by side where the main kernel loads them; by the warps of
+              warpgroups 1 and 2, from a block of O and dO in shared memory
 
-Both have one CTA of THREADS threads per block of tile_m rows of a head, numbered as the blocks of the scratch memory.
+Scratch memory, fp32, one tensor: for each block of rows of all heads 2 · tile_m statistics (lse, then δ); the ring of
+sums of dQ, with as many blocks in a slot as a group of query heads has, as the main kernel's threads hold them, one
+warpgroup after the other: four values of its thread 0, of its thread 1, …, the next four of thread 0, …; counters.
 
-Scratch memory, fp32, one tensor: for each block 2 · tile_m statistics (lse, then δ), then for each block the sums of
-dQ as the main kernel's threads hold them, one warpgroup after the other: four values of its thread 0, of its thread 1,
-…, the next four of thread 0, …
+Counters, Int32: the next unit of work; for each slot how often warps that add to it finished a tile; for each slot how
+often warps finished a part of its conversion; for each group how often warps prepared a part of it. (The order of
+units: backward_order.py.) In deterministic mode also, for each block of the ring and each warp of a CTA that adds to
+it, how many tiles have added to it or have no need to: those of the group up to the last one, and those of the slot's
+earlier users. Counters only ever rise.
 
 Rows beyond seqlen_q, and rows that saw no key, get lse = +inf: exp2(s - inf) = 0 keeps them out of every gradient.
 """
@@ -17,142 +22,152 @@ from typing import NamedTuple
 import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
-from cutlass.cute.nvgpu import cpasync, warp
-from cutlass.utils import SmemAllocator
 
+from ..common import fragments
 from ..common.softmax import LOG2_E
 
 WARPGROUP, THREADS = 128, 256  # of threads; those of the main kernel that multiply
+ROW_LANES = 8  # that share a row of O and dO: they read 128 bytes of it at a time
 
 
 class Scratch(NamedTuple):
-    """Scratch memory of a launch; blocks are counted over all heads of all sequences."""
+    """Scratch memory of a launch."""
 
-    statistics: cute.Tensor  # (2 · tile_m, blocks) fp32
-    sums: cute.Tensor  # (4, WARPGROUP, values / 4 of a thread, THREADS / WARPGROUP, blocks) fp32
+    statistics: cute.Tensor  # (2 · tile_m, blocks of all heads of all sequences) fp32
+    sums: cute.Tensor  # (4, WARPGROUP, values / 4 of a thread, THREADS / WARPGROUP, blocks of the ring) fp32
+    counters: cute.Tensor  # all that follow
+    next_unit: cute.Tensor  # (1,) Int32
+    added: cute.Tensor  # (slots,) Int32
+    converted: cute.Tensor  # (slots,) Int32
+    prepared: cute.Tensor  # (groups,) Int32
+    turns: cute.Tensor | None  # (adding warps of a CTA, blocks of the ring) Int32, in deterministic mode
 
 
-def split_scratch(mScratch: cute.Tensor, blocks: Int64, tile_m: int, values: int) -> Scratch:
-    """The parts of the scratch tensor, which has blocks · (2 · tile_m + THREADS · values) elements."""
+def split_scratch(
+    mScratch: cute.Tensor,  # BackwardConfig.scratch elements
+    blocks: Int64,
+    ring_blocks: Int64,
+    groups: Int32,
+    slots: Int32,
+    tile_m: int,
+    values: int,
+    adders: int | None,  # warps of a CTA that add to the sums, where they take turns
+) -> Scratch:
+    """The parts of the scratch tensor."""
     rows = 2 * tile_m
     statistics = cute.make_layout((rows, blocks), stride=(1, rows))
     per_warpgroup = WARPGROUP * values
+    per_block = THREADS // WARPGROUP * per_warpgroup
     sums = cute.make_layout(
-        (4, WARPGROUP, values // 4, THREADS // WARPGROUP, blocks),
-        stride=(1, 4, 4 * WARPGROUP, per_warpgroup, THREADS // WARPGROUP * per_warpgroup),
+        (4, WARPGROUP, values // 4, THREADS // WARPGROUP, ring_blocks),
+        stride=(1, 4, 4 * WARPGROUP, per_warpgroup, per_block),
     )
     start = (mScratch.iterator + rows * blocks).align(16)
-    return Scratch(cute.make_tensor(mScratch.iterator, statistics), cute.make_tensor(start, sums))
-
-
-@cute.jit
-def _falling_index() -> Int32:
-    """Scratch block of this CTA. The main kernel goes through the heads in rising order: falling order before and after
-    leaves in L2 what is needed next."""
-    index, _, _ = cute.arch.block_idx()
-    count, _, _ = cute.arch.grid_dim()
-    return count - 1 - index
-
-
-@cute.jit
-def find_block(index: Int32, blocks: Int32, heads: Int32) -> tuple[Int32, Int32, Int32]:
-    """``(m_block, head, batch)`` of a scratch block."""
-    sequence = index // blocks
-    return index % blocks, sequence % heads, sequence // heads
+    counters = cute.recast_ptr(start + per_block * ring_blocks, dtype=Int32)
+    counts = [1, slots, slots, groups]
+    total = Int64(1 + 2 * slots + groups)
+    turns = None
+    if adders:
+        turns = cute.make_tensor(counters + total, cute.make_layout((adders, ring_blocks)))
+        total += adders * ring_blocks
+    parts, position = [], Int32(0)
+    for count in counts:
+        parts.append(cute.make_tensor(counters + position, cute.make_layout(count)))
+        position += count
+    return Scratch(
+        cute.make_tensor(mScratch.iterator, statistics),
+        cute.make_tensor(start, sums),
+        cute.make_tensor(counters, cute.make_layout(total)),
+        *parts,
+        turns,
+    )
 
 
 @cute.kernel
-def prepare(
-    mO: cute.Tensor,  # (b, h, s_q, dv)
-    mdO: cute.Tensor,  # (b, h, s_q, dv)
-    mLSE: cute.Tensor,  # (b, h, s_q) fp32
-    scratch: Scratch,
-    tile_m: cutlass.Constexpr[int],
-):
+def reset(counters: cute.Tensor):
+    """Zero counters, one by each thread."""
     cute.arch.griddepcontrol_launch_dependents()
+    block, _, _ = cute.arch.block_idx()
     tidx, _, _ = cute.arch.thread_idx()
-    index = _falling_index()
-    _, heads, seqlen_q, head_dim_v = mO.shape
-    m_block, head, batch = find_block(index, cute.ceil_div(seqlen_q, tile_m), heads)
-    chunks = head_dim_v // 8  # of 16 bytes
-    lanes = 8 if head_dim_v <= 64 else 16 if head_dim_v <= 128 else 32  # that share a row
-    rows = THREADS // lanes
-    load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), mO.element_type, num_bits_per_copy=128)
-    lane = tidx % lanes
-    for i in cutlass.range_constexpr(cute.ceil_div(tile_m, rows)):
-        row = i * rows + tidx // lanes
-        delta, lse = Float32(0.0), Float32.inf
-        query = m_block * tile_m + row
-        if query < seqlen_q:
-            gO = cute.zipped_divide(mO[batch, head, query, None], (8,))
-            gdO = cute.zipped_divide(mdO[batch, head, query, None], (8,))
-            for c in cutlass.range_constexpr(cute.ceil_div(chunks, lanes)):
-                chunk = c * lanes + lane
-                if chunk < chunks:
-                    rO, rdO = (cute.make_rmem_tensor(8, mO.element_type) for _ in range(2))
-                    cute.copy(load, gO[None, chunk], rO)
-                    cute.copy(load, gdO[None, chunk], rdO)
-                    products = rO.load().to(Float32) * rdO.load().to(Float32)
-                    for j in cutlass.range_constexpr(8):
-                        delta += products[j]
-            natural = mLSE[batch, head, query]
-            if natural != -Float32.inf:
-                lse = natural * LOG2_E
-        delta = cute.arch.warp_reduction_sum(delta, threads_in_group=lanes)
-        if lane == 0 and row < tile_m:
-            scratch.statistics[row, Int64(index)] = lse
-            scratch.statistics[tile_m + row, Int64(index)] = delta
+    index = Int64(block) * THREADS + tidx
+    if index < cute.size(counters):
+        counters[index] = 0
+
+
+@cute.jit
+def prepare(
+    sO: cute.Tensor,  # (tile_m, dv padded)
+    sdO: cute.Tensor,
+    lse: cute.Tensor,  # (s_q,) of the head
+    first_row: Int32,
+    statistics: cute.Tensor,  # (2 · tile_m,) of the block
+) -> None:
+    """A block of rows, by the THREADS threads of eight warps: each has as many rows, ROW_LANES lanes have one."""
+    tidx = fragments.read_thread_idx() - WARPGROUP
+    lane = tidx % 32
+    tile_m, columns = (cute.size(sO, mode=[mode]) for mode in (0, 1))
+    rows = tile_m // (THREADS // 32)  # of a warp
+    load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), sO.element_type, num_bits_per_copy=128)
+    for i in cutlass.range_constexpr(rows * ROW_LANES // 32):
+        row, delta = tidx // 32 * rows + i * (32 // ROW_LANES) + lane // ROW_LANES, Float32(0.0)
+        for c in cutlass.range_constexpr(columns // (8 * ROW_LANES)):
+            rO, rdO = (cute.make_rmem_tensor(8, sO.element_type) for _ in range(2))
+            for source, target in ((sO, rO), (sdO, rdO)):
+                chunk = cute.local_tile(source, (1, 8), (row, c * ROW_LANES + lane % ROW_LANES))
+                cute.copy(load, cute.group_modes(chunk, 0, 2), target)
+            wide, wide_do = rO.load().to(Float32), rdO.load().to(Float32)
+            for j in cutlass.range_constexpr(8):
+                delta += wide[j] * wide_do[j]
+        delta = cute.arch.warp_reduction_sum(delta, threads_in_group=ROW_LANES)
+        if lane % ROW_LANES == 0:
+            value = Float32.inf
+            if first_row + row < cute.size(lse):
+                natural = lse[first_row + row]
+                if natural != -Float32.inf:
+                    value = natural * LOG2_E
+            statistics[row] = value
+            statistics[tile_m + row] = delta
+
+
+@cute.jit
+def zero_sums(scratch: Scratch, block: Int64, thread: Int32, part: Int32) -> None:
+    """Zero the sums of a block that one thread of one of the two warpgroups converts."""
     zeros = cute.make_rmem_tensor(4, Float32)
     zeros.fill(0.0)
     store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
     for i in cutlass.range_constexpr(cute.size(scratch.sums, mode=[2])):
-        cute.copy(store, zeros, scratch.sums[None, tidx % WARPGROUP, i, tidx // WARPGROUP, Int64(index)])
+        cute.copy(store, zeros, scratch.sums[None, thread, i, part, block])
 
 
-@cute.kernel
-def finish(
-    scratch: Scratch,
-    store_atom: cute.CopyAtom,
-    mdQ: cute.Tensor,  # (s_q, d, h, b), TMA coordinates
-    sdQ_layout: cute.ComposedLayout,  # (tile_m, columns, 1)
-    mma_dq: cute.TiledMma,
-    softmax_scale: Float32,
-    dtype: cutlass.Constexpr[type[cutlass.Numeric]],
-    tile_m: cutlass.Constexpr[int],
-    columns: cutlass.Constexpr[int],
-):
-    tidx, _, _ = cute.arch.thread_idx()
-    index = _falling_index()
-    seqlen_q, _, heads, _ = mdQ.shape
-    m_block, head, batch = find_block(index, cute.ceil_div(seqlen_q, tile_m), heads)
+@cute.jit
+def await_count(counter: cute.Pointer, count: Int32) -> None:
+    """Wait until a counter has at least this value, and until what was written before it rose can be read, and be added
+    to by bulk reductions, by the calling thread."""
+    seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+    while seen < count:
+        seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
+    cute.arch.fence_proxy("async.global")
 
-    @cute.struct
-    class SharedStorage:
-        sdQ: cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(sdQ_layout)], 1024]
 
-    storage = SmemAllocator().allocate(SharedStorage)
-    sdQ = storage.sdQ.get_tensor(sdQ_layout.outer, swizzle=sdQ_layout.inner)
+@cute.jit
+def _publish() -> None:
+    """Order all that the lanes of this warp have written, and bulk operations that they waited for, before what one of
+    them releases next."""
+    cute.arch.fence_proxy("async.global")
+    cute.arch.sync_warp()
 
-    cute.arch.griddepcontrol_wait()  # for the main kernel's sums
-    acc_dQ = cute.make_rmem_tensor(mma_dq.partition_shape_C((tile_m, columns)), Float32)
-    values = cute.make_tensor(acc_dQ.iterator, cute.make_layout((4, cute.size(acc_dQ) // 4)))
-    load = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
-    for i in cutlass.range_constexpr(cute.size(values, mode=[1])):
-        sums = scratch.sums[None, tidx % WARPGROUP, i, tidx // WARPGROUP, Int64(index)]
-        cute.copy(load, sums, values[None, i])
-    rounded = cute.make_rmem_tensor(acc_dQ.layout, dtype)
-    for i in cutlass.range_constexpr(cute.size(values)):
-        rounded[i] = (acc_dQ[i] * softmax_scale).to(dtype)
-    atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=2), dtype)
-    copy = cute.make_tiled_copy_C(atom, mma_dq).get_slice(tidx)
-    cute.copy(copy, copy.retile(rounded), copy.partition_D(sdQ[None, None, 0]))
-    cute.arch.fence_view_async_shared()
-    cute.arch.sync_threads()
-    if tidx // 32 == 0:
-        gdQ = cute.local_tile(mdQ[None, None, head, batch], (tile_m, columns), (m_block, 0))
-        tQsdQ, tQgdQ = cpasync.tma_partition(
-            store_atom, 0, cute.make_layout(1), cute.group_modes(sdQ[None, None, 0], 0, 2), cute.group_modes(gdQ, 0, 2)
-        )
-        cute.copy(store_atom, tQsdQ, tQgdQ)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+@cute.jit
+def count_up(counter: cute.Pointer) -> None:
+    """One more for this warp, which has done what is counted."""
+    _publish()
+    with cute.arch.elect_one():
+        cute.arch.red(counter, Int32(1), op="add", dtype=Int32, sem="release", scope="gpu")
+
+
+@cute.jit
+def end_turn(counter: cute.Pointer, value: Int32) -> None:
+    """Hand the counter on: this warp has added what it had to."""
+    _publish()
+    with cute.arch.elect_one():
+        cute.arch.store(counter, value, sem="release", scope="gpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from ...meta.target import Target
 from ..key import KernelKey
 
 ARCH = 90
+DELAY = 2  # blocks of queries between tiles of a group that take turns
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -153,7 +154,8 @@ class BackwardConfig:
         if not self.has_dq_warpgroup:
             return 240, 24, 0
         dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
-        return (512 - 24 - dq) // 16 * 8, 24, dq
+        mma = (512 - 24 - dq) // 16 * 8
+        return mma, 512 - 2 * mma - dq, dq
 
     @property
     def splits_keys(self) -> bool:
@@ -224,9 +226,17 @@ class BackwardConfig:
         return self.head_dim_mma if at_once else self.head_dim_smem
 
     @property
-    def scratch_per_block(self) -> int:
-        """fp32 elements of scratch memory for each block of tile_m query rows: lse and δ, and the sums of dQ."""
-        return 2 * self.tile_m + self.tile_m * self.dq_columns
+    def adders(self) -> int:
+        """Warps of a CTA that add dQ to its sums, each its share of every block: two of their own, or dQ's
+        warpgroup."""
+        return 2 if self.stages_dq else 4
+
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int, deterministic: bool) -> int:
+        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
+        ring_blocks = slots * group * blocks
+        counters = 1 + 2 * slots + sequences // group + (self.adders * ring_blocks if deterministic else 0)
+        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
 
     @property
     def stages_dq(self) -> bool:
@@ -433,6 +443,64 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
 
 
+class Schedule(NamedTuple):
+    """How the backward orders its work; groups, sections and the rest as in backward_order.py."""
+
+    section: int  # groups
+    sections: int
+    ahead: int  # groups
+    lag: int  # groups
+    slots: int  # groups
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_schedule(
+    groups: int, tiles: int, visits: int, is_masked: bool, deterministic: bool, num_sms: int
+) -> Schedule:
+    """Order of ``groups`` key/value heads with ``tiles`` tiles of keys each, of which the longest visits ``visits``
+    blocks of queries.
+
+    A CTA comes to a unit about a tile after it has taken it, and is done with it a tile later. So rows are prepared two
+    waves of CTAs before the tiles, sums are converted a wave after them, and a slot is used again some time later. With
+    a mask, the longest tile takes twice the mean, and a section is half a wave; the last one has up to twice as many
+    groups, for balance at the end. In deterministic mode without one, a tile may begin DELAY blocks after the one
+    before it: so many groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
+    """
+    section = max(1, num_sms // (2 * tiles)) if is_masked else 1
+    if deterministic:
+        section = max(section, -(-DELAY * num_sms // visits))
+    sections = max(1, groups // section)
+    width = groups - (sections - 1) * section  # of the last section
+    waves = (23 if is_masked else 13) + 10 * deterministic  # tenths; then the longest tiles are a section's last
+    ahead = width + -(-2 * num_sms // tiles)
+    lag = max(width, -(-waves * num_sms // (10 * tiles)))
+    slots = lag + width + -(-2 * num_sms // (5 * tiles))
+    return Schedule(section, sections, min(groups, ahead), min(groups, lag), min(groups, slots))
+
+
+def backward_heads(
+    heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
+) -> int:
+    """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
+    a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
+    gradients of a key/value head are then added up.
+
+    More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
+    the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
+    the last wave is less than 3/4 of what it could be. And only
+    for tiles of some 50 µs: that takes four launches more.
+    """
+    group = heads // heads_kv
+    if group * blocks < 32:
+        return heads_kv
+    for split in (split for split in range(1, group + 1) if group % split == 0):
+        count = heads_kv * split * tiles
+        waves = -(-count // num_sms)
+        if count >= (8 if deterministic else 2) * num_sms if is_masked else 4 * count >= 3 * waves * num_sms:
+            return heads_kv * split
+    return heads
+
+
 @functools.cache
 def backward_key(
     dtype: torch.dtype,
@@ -442,10 +510,11 @@ def backward_key(
     *,
     window: bool = False,
     softcap: bool = False,
+    deterministic: bool = False,
 ) -> KernelKey:
     """Key of the backward kernel for what decides its code."""
     config = backward_config(head_dim, head_dim_v, softcap)
-    return _key("backward", dtype, is_causal, config, window=window, softcap=softcap)
+    return _key("backward", dtype, is_causal, config, window=window, softcap=softcap, deterministic=deterministic)
 
 
 def _key(
@@ -483,8 +552,6 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         reasons.append(Reason("scale", f"scale {spec.scale} is not a positive finite number"))
     if not math.isfinite(spec.softcap):
         reasons.append(Reason("softcap", f"softcap {spec.softcap} is not finite"))
-    if spec.needs_grad and spec.deterministic:
-        reasons.append(Reason("nondeterministic", "dq is added up in no fixed order, and deterministic mode is on"))
     if not spec.last_dim_contiguous:
         reasons.append(Reason("strides", "query, key and value must be contiguous in their last dimension"))
     smem = target.smem_per_block

@@ -15,9 +15,22 @@ def load_tile(
     state: pipeline.PipelineState,
 ) -> None:
     """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
+    pipe.producer_acquire(state)
+    copy_tile(atom, mX, sX, index, state.index, pipe.producer_get_barrier(state))
+
+
+@cute.jit
+def copy_tile(
+    atom: cute.CopyAtom,
+    mX: cute.Tensor,  # (s, d) of one head
+    sX: cute.Tensor,  # (rows, d, stages)
+    index: Int32,
+    stage: Int32,
+    barrier: cute.Pointer,  # mbarrier that is told of the bytes
+) -> None:
+    """Load row tile ``index`` into a stage."""
     gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
     tXsX, tXgX = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
     )
-    pipe.producer_acquire(state)
-    cute.copy(atom, tXgX[None, index], tXsX[None, state.index], tma_bar_ptr=pipe.producer_get_barrier(state))
+    cute.copy(atom, tXgX[None, index], tXsX[None, stage], tma_bar_ptr=barrier)
