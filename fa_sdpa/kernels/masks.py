@@ -145,7 +145,7 @@ def _once(mask: Tensor) -> Tensor:
 
 def _aligned(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
     """``mask`` as the forward reads it: rows of ``keys``, whole blocks, aligned to 16 bytes, with anything beyond
-    seqlen_k; strides of 0 where a size is 1. A view of itself, or a copy where rows are not aligned, or where its memory
+    seqlen_k; strides of 0 where a size is 1. A view of itself, or a copy where rows are not aligned or where its memory
     ends within the last block."""
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
