@@ -449,6 +449,8 @@ def _against_shapes(call: Call) -> list[Reason]:
         return [_shapes("empty", "a size is 0", shapes)]
     same = private.equal
     agree = same(query[0], key[0]) and same(query[3], key[3]) and all(map(same, key[:3], value[:3]))
+    if call.mask is not None and call.is_causal:
+        return [Reason("mask_and_causal", "attn_mask and is_causal together, which some releases of torch refuse")]
     if not agree or not (same(query[1], key[1]) or call.enable_gqa and same(query[1] % key[1], 0)):
         return [_shapes("shapes", "shapes disagree, or broadcast, or head counts differ without enable_gqa", shapes)]
     return []

@@ -239,12 +239,6 @@ def test_calls_with_a_mask_are_routed(kind, broadcast, requires_grad):
             torch.testing.assert_close(got, want)
 
 
-def test_mask_and_is_causal_count_together():
-    out, expected, _ = call_with(make_mask("bool", (17, 19)), is_causal=True)
-    assert fa_sdpa.stats().eager.routed == 1
-    torch.testing.assert_close(out, expected)
-
-
 def test_a_mask_that_changes_in_place_is_read_again():
     q, k, v = inputs((1, 2, 2, 9, 9, 8, 8))
     mask = torch.ones(9, 9, dtype=torch.bool).tril()

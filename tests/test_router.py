@@ -359,6 +359,7 @@ BAD = {  # what torch says depends on its release; a few of these it even comput
     "devices": lambda: (with_key(2, 4, 17, 8, device="meta"), {}),
     "integers": lambda: ((torch.ones(2, 4, 17, 8, dtype=torch.int32),) * 3, {}),
     "dimensions": lambda: (qkv(8), {}),
+    "mask and is_causal": lambda: (qkv(), {"attn_mask": torch.ones(17, 17).bool(), "is_causal": True}),
     "mask's shape": lambda: (qkv(), {"attn_mask": torch.ones(16, 17).bool()}),
     "dropout": lambda: (qkv(), {"dropout_p": -0.5}),
     "sparse": lambda: ([t.to_sparse() for t in qkv()], {}),
