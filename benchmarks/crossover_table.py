@@ -29,7 +29,7 @@ from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
 QUALIFY, HOST = "qualify_h100", "host_overhead_h100"
-FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100", "sm90_backward_breadth_h100")
+FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100",)
 MASKED = ("sm90_masks_h100",)
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
 NUM_SMS = 132

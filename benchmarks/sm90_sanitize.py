@@ -11,7 +11,7 @@ kernels that a bundle must hold.
 Only our kernels are looked at. Inputs are drawn on the CPU and copied, so that initcheck knows them written without
 looking at any kernel of torch's, and the reference is computed on the CPU; so are out and lse that the backward gets.
 initcheck sees plain loads and stores, but neither what TMA loads nor what it stores: it must report a control, a sink
-that nobody wrote, for the backward an out, and it does not check copies to the CPU, where it took every output for
+that nobody wrote, for the backward an lse, and it does not check copies to the CPU, where it took every output for
 uninitialised, with a backtrace for each run of bytes.
 
 racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and sees no order between
@@ -324,7 +324,7 @@ VERIFY: dict[str, Callable[[Any, int], None]] = {
 
 
 def run_control(direction: str) -> None:
-    """A launch that reads memory nobody wrote (the sink, the mask, the backward's out), which initcheck must report."""
+    """A launch that reads memory nobody wrote (the sink, the mask, the backward's lse), which initcheck must report."""
     import torch
     from forward_cases import Case, inputs
 
@@ -339,8 +339,9 @@ def run_control(direction: str) -> None:
         mask = torch.empty(300, 400, dtype=torch.bool, device="cuda")
         launch.attention_fwd(query, key, value, None, case.options, mask)
     else:
-        dout, lse = torch.randn(query.shape).to(query.dtype).cuda(), torch.randn(query.shape[:3]).cuda()
-        launch.attention_bwd(dout, query, key, value, torch.empty_like(dout), lse, case.options)
+        dout, out = (torch.randn(query.shape).to(query.dtype).cuda() for _ in range(2))
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cuda")
+        launch.attention_bwd(dout, query, key, value, out, lse, case.options)
     torch.cuda.synchronize()
 
 
