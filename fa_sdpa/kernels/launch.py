@@ -143,12 +143,7 @@ def _attend_masked(
         mask = mask if mask.size(1) == 1 else mask.unflatten(1, (heads_kv, -1)).squeeze(3)
         heads = heads_kv
     plan = _masked_plan(query.dtype, head_dim, head_dim_v, mask_kind(mask.dtype), tile, flags, query.get_device())
-    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale={options.scale} must be positive and finite")
-    cap_factor, unit = None, scale  # of a score, as the kernel has it before the bias
-    if options.softcap:
-        unit, cap_factor = options.softcap, 2.0 * scale * LOG2_E / options.softcap
+    _, unit, cap_factor = _scaling(options, head_dim)
     tiles = masks.Tiles(batch, heads, seqlen_q, seqlen_k, left, right, plan.tile_m, plan.tile_n)
     done = masks.prepared(mask, tiles, plan.load_preparation)
     biasing = (None, None) if done.bias is None else (1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit))))
@@ -314,20 +309,26 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
     flags = (left is not None, options.softcap > 0.0, deterministic)
     wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, query.get_device())
     plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
-    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
-    if not 0.0 < scale < math.inf:
-        raise ValueError(f"scale={options.scale} must be positive and finite")
-    scale_log2, cap_factor = scale * LOG2_E, None
-    if options.softcap:
-        scale_log2, cap_factor = options.softcap * LOG2_E, 2.0 * scale_log2 / options.softcap
+    scale, unit, cap_factor = _scaling(options, head_dim)
     blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
     is_masked = is_causal or left is not None
     summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
     size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)
-    scalars = (scale, scale_log2, plan.num_sms, *schedule, left, right, cap_factor)
+    scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
     return _BackwardLaunch(plan.run, size, scalars, summed)
+
+
+def _scaling(options: Options, head_dim: int) -> tuple[float, float, float | None]:
+    """``(scale, unit, cap_factor)``: a score is unit times what the kernel has of it, Q Kᵀ or with a softcap the tanh
+    of Q Kᵀ · scale / softcap, which it takes from Q Kᵀ · cap_factor. ValueError for a scale that no kernel takes."""
+    scale = 1.0 / math.sqrt(head_dim) if options.scale is None else options.scale
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"scale={options.scale} must be positive and finite")
+    if options.softcap:
+        return scale, options.softcap, 2.0 * scale * LOG2_E / options.softcap
+    return scale, scale, None
 
 
 def _run_on(device: int, run: Kernel, arguments: tuple) -> None:

@@ -158,13 +158,7 @@ def take_unit(
     counter: cute.Pointer, order: Order, interleaved: cutlass.Constexpr[bool], falling: cutlass.Constexpr[bool]
 ) -> Unit:
     """The next unit of all, for the calling warp."""
-    return find_unit(take(counter), order, interleaved, falling)
-
-
-@cute.jit
-def take(counter: cute.Pointer) -> Int32:
-    """What a counter has, for the calling warp; the next one gets one more."""
     index = Int32(0)
     if cute.arch.lane_idx() == 0:
         index = cute.arch.atomic_add(counter, Int32(1), sem="relaxed", scope="gpu")
-    return cute.arch.shuffle_sync(index, 0)
+    return find_unit(cute.arch.shuffle_sync(index, 0), order, interleaved, falling)

@@ -38,9 +38,9 @@ class RowUnits:
         qhead_per_kvhead: Int32,
     ) -> None:
         """Sums of the blocks of a unit, one half in Q's stage and the other in dO's, or each in a stage of Q's."""
-        per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
         for b in cutlass.range(PART_BLOCKS, unroll=1):
-            block = Int64(unit.slot * per_slot + cutlass.min(unit.index * PART_BLOCKS + b, per_slot - 1))
+            _, _, in_group = self._block_of(unit, b, gmem, qhead_per_kvhead)
+            block = self._ring_block(unit, in_group, gmem, qhead_per_kvhead)
             for half in cutlass.range_constexpr(2):
                 in_do = half == 1 and not self.splits_sums
                 pipe, source = pipelines.do if in_do else pipelines.q, scratch.sums[None, None, None, half, block]
@@ -92,6 +92,11 @@ class RowUnits:
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         block = cutlass.min(unit.index * PART_BLOCKS + index, blocks * qhead_per_kvhead - 1)
         return block % blocks, unit.head * qhead_per_kvhead + block // blocks, block
+
+    @cute.jit
+    def _ring_block(self, unit: Unit, block: Int32, gmem: "Gmem", qhead_per_kvhead: Int32) -> Int64:
+        """Where the sums of a group's block are in the ring."""
+        return Int64(unit.slot * (cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead) + block)
 
     @cute.jit
     def _do_rows(
@@ -149,8 +154,7 @@ class RowUnits:
                     pipelines.do.consumer_release(state)
                 state.advance()
             if is_block and unit.is_reused == 1:
-                per_slot = cute.ceil_div(gmem.q.shape[0], self.tile_m) * qhead_per_kvhead
-                zero_sums(scratch, Int64(unit.slot * per_slot + block), thread, half)
+                zero_sums(scratch, self._ring_block(unit, block, gmem, qhead_per_kvhead), thread, half)
 
     @cute.jit
     def _prepare(
@@ -187,7 +191,7 @@ class RowUnits:
             pipelines.do.consumer_release(state)
             state.advance()
             if unit.generation == 0:
-                zero_sums(scratch, Int64(unit.slot * (blocks * qhead_per_kvhead) + block), thread, half)
+                zero_sums(scratch, self._ring_block(unit, block, gmem, qhead_per_kvhead), thread, half)
 
     @cute.jit
     def _half_of_sums(self, smem: "Smem", half: Int32, stage: Int32) -> cute.Tensor:
