@@ -249,8 +249,7 @@ def attention_bwd(
     scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
     grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
-        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-        grads = torch.empty_like(key), torch.empty_like(value)
+        grads = tuple(x.new_empty(x.shape[0], x.shape[2], heads, x.shape[3]).transpose(1, 2) for x in (key, value))
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
     _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
     if heads != dk.shape[1]:
@@ -299,7 +298,7 @@ class _BackwardLaunch(NamedTuple):
     run: Kernel
     scratch: int  # fp32 elements
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
-    heads: int  # of K, V and their gradients in the kernel; see config.backward_heads
+    heads: int  # of dK and dV in the kernel; see config.backward_heads
 
 
 def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
