@@ -448,7 +448,7 @@ def test_the_ring_stays_small():
         ((16, 4, 36, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
         ((32, 8, 256, 32, True), 8),
         ((28, 4, 2, 5, True), 28),
-        ((28, 4, 2, 4, True), 4),  # too small
+        ((28, 4, 2, 1, True), 4),  # too small
         ((12, 4, 40, 80, True), 12),
         ((8, 2, 70, 100, True), 4),
         ((16, 16, 4, 100, True), 16),

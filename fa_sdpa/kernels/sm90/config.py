@@ -481,8 +481,8 @@ def _shared_keys(head_dim: int, head_dim_v: int, softcap: bool) -> int:
 
     The fewer they are, the more often Q, dO and dQ cross L2, which limits tiles of 64. More leave room for S and 32
     other registers beside dV or dK: 80 at d192, 96 where one of them has 128 columns. Not where that multiplies columns
-    of zeros, 64 at a time. On an H100 (bf16, 4k, full / causal, TFLOP/s) instead of 64: d192 447 / 399 → 508 / 461, 192 /
-    128 370 / 350 → 507 / 432.
+    of zeros, 64 at a time. On an H100 (bf16, 4k, full / causal, TFLOP/s) instead of 64: d192 447 / 399 → 508 / 461, and
+    192 / 128 370 / 350 → 507 / 432.
     """
     columns = [round_up(value, 16) for value in (head_dim, head_dim_v)]
     if softcap or max(columns) > 192 or any(value % 64 for value in columns):
@@ -534,10 +534,10 @@ def backward_heads(
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes two launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes two launches more.
     """
     group = heads // heads_kv
-    if group * blocks < 32:
+    if group * blocks < 12:
         return heads_kv
     for split in (split for split in range(1, group + 1) if group % split == 0):
         count = heads_kv * split * tiles
