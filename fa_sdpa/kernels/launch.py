@@ -315,7 +315,8 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
     summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
-    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)
+    turns = batch * summed * tiles if deterministic else 0
+    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, turns)
     scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
     return _BackwardLaunch(plan.run, size, scalars, summed)
 

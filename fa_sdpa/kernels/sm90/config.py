@@ -140,7 +140,7 @@ class BackwardConfig:
             raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
         if self.smem_bytes > SMEM_PER_BLOCK:
             raise ValueError(f"{self.smem_bytes=} must be at most {SMEM_PER_BLOCK}")
-        if self.splits_keys and not self.stages_dq:
+        if self.splits_keys and not self.stages_dq():
             raise ValueError(f"{self.tile_n=} leaves no room for dQ")
 
     @property
@@ -229,19 +229,26 @@ class BackwardConfig:
     def adders(self) -> int:
         """Warps of a CTA that add dQ to its sums, each its share of every block: two of their own, or dQ's
         warpgroup."""
-        return 2 if self.stages_dq else 4
-
-    def scratch(self, sequences: int, blocks: int, group: int, slots: int, deterministic: bool) -> int:
-        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
-        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
-        ring_blocks = slots * group * blocks
-        counters = 1 + 2 * slots + sequences // group + (self.adders * ring_blocks if deterministic else 0)
-        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
+        return 2 if self.stages_dq() else 4
 
     @property
-    def stages_dq(self) -> bool:
-        """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+    def turn_warps(self) -> int:
+        """Counters of a tile in deterministic mode, for positions modulo so many: one for each warp that hands turns on."""
+        return 2 if self.stages_dq() else 1
+
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int, turns: int) -> int:
+        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters, in deterministic
+        mode also of ``turns`` tiles."""
+        ring_blocks = slots * group * blocks
+        counters = 1 + 2 * slots + sequences // group + self.turn_warps * turns
+        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
+
+    def stages_dq(self, deterministic: bool = False) -> int:
+        """Blocks of dQ in shared memory, to be added to global memory from there; with 0 that happens from registers. A
+        second one is for turns in deterministic mode."""
+        wanted = range(2 if deterministic else 1, 0, -1)
+        return next((stages for stages in wanted if self._smem_bytes(stages) <= SMEM_PER_BLOCK), 0)
 
     @property
     def stores_by_tma(self) -> bool:
@@ -253,14 +260,14 @@ class BackwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq)
+        return self._smem_bytes(self.stages_dq())
 
-    def _smem_bytes(self, stages_dq: bool) -> int:
+    def _smem_bytes(self, stages_dq: int) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
         warpgroup to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n
-        dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
+        dq = 4 * self.tile_m * self.dq_columns * stages_dq
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
         tiles += 0 if self.splits_keys else 2 * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
