@@ -46,7 +46,7 @@ Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
     DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
     DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
-                   (in deterministic mode both for each stage of Q; where dQ is added from registers, of what is handed on)
+                   (in deterministic mode, for each stage of Q: backward_turns.py)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,

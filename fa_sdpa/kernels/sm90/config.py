@@ -233,13 +233,13 @@ class BackwardConfig:
 
     @property
     def turn_warps(self) -> int:
-        """Counters of a tile in deterministic mode, for positions modulo so many: one for each warp that hands turns on."""
+        """Warps of a CTA that hand turns on in deterministic mode, each for blocks of its own."""
         return 2 if self.stages_dq() else 1
 
     def scratch(self, sequences: int, blocks: int, group: int, slots: int, turns: int) -> int:
         """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
-        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters, in deterministic
-        mode also of ``turns`` tiles."""
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters; those of
+        ``turns`` tiles, which are all in deterministic mode, else 0."""
         ring_blocks = slots * group * blocks
         counters = 1 + 2 * slots + sequences // group + self.turn_warps * turns
         return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
