@@ -14,7 +14,7 @@ from ...meta.target import Target
 from ..key import KernelKey
 
 ARCH = 90
-DELAY = 2  # blocks of queries between tiles of a group that take turns
+DELAY = {False: 2, True: 1}  # blocks of queries between tiles of a group that take turns, by whether there is a mask
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -475,10 +475,10 @@ def backward_schedule(
     """
     section = max(1, num_sms // (2 * tiles)) if is_masked else 1
     if deterministic:
-        section = max(section, -(-DELAY * num_sms // visits))
+        section = max(section, -(-DELAY[is_masked] * num_sms // visits))
     sections = max(1, groups // section)
     width = groups - (sections - 1) * section  # of the last section
-    waves = (23 if is_masked else 13) + 10 * deterministic  # tenths; then the longest tiles are a section's last
+    waves = (23 if is_masked else 13) + 5 * deterministic  # tenths; then the longest tiles are a section's last
     ahead = width + -(-2 * num_sms // tiles)
     lag = max(width, -(-waves * num_sms // (10 * tiles)))
     slots = lag + width + -(-2 * num_sms // (5 * tiles))
