@@ -210,12 +210,12 @@ def test_every_pair_of_head_dims_has_a_backward_tile():
             for softcap in (False, True):
                 chosen = config.backward_config(head_dim, head_dim_v, softcap)
                 assert chosen.smem_bytes <= config.SMEM_PER_BLOCK
-                assert chosen.stages_dq or not chosen.splits_keys  # a late dQ is only ever added from shared memory
-                assert chosen.dq_columns >= head_dim and chosen.adders == (2 if chosen.stages_dq else 4)
-                assert chosen.stages_dq or chosen.has_dq_warpgroup  # which adds to the sums itself
+                assert chosen.stages_dq() or not chosen.splits_keys  # a late dQ is only ever added from shared memory
+                assert chosen.dq_columns >= head_dim and chosen.adders == (2 if chosen.stages_dq() else 4)
+                assert chosen.stages_dq() or chosen.has_dq_warpgroup  # which adds to the sums itself
                 statistics, sums, counters = 4 * 3 * 2 * chosen.tile_m, 2 * 2 * 3 * chosen.tile_m * chosen.dq_columns, 7
-                assert chosen.scratch(4, 3, 2, 2, False) == statistics + sums + counters
-                assert chosen.scratch(4, 3, 2, 2, True) == statistics + sums + counters + 2 * 2 * 3 * chosen.adders
+                assert chosen.scratch(4, 3, 2, 2, 0) == statistics + sums + counters
+                assert chosen.scratch(4, 3, 2, 2, 5) == statistics + sums + counters + 5 * chosen.turn_warps
 
 
 def test_backward_warpgroups_fit_the_register_file():

@@ -242,11 +242,11 @@ def attention_bwd(
     """
     if attn_mask is not None:
         raise NotImplementedError("the backward has no kernel for an attn_mask")
-    dq, dk, dv = empty_grads(query, key, value)
     if query.numel() == 0 or key.numel() == 0:
+        dq, dk, dv = empty_grads(query, key, value)
         return dq.zero_(), dk.zero_(), dv.zero_()
     run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
-    scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
+    dq, dk, dv, scratch = _backward_memory(query, key, value, elements)
     grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
         grads = _parts(key, heads), _parts(value, heads)
@@ -256,6 +256,17 @@ def attention_bwd(
         for parts, grad in zip(grads, (dk, dv), strict=True):
             torch.sum(parts.unflatten(1, (grad.shape[1], -1)), 2, out=grad)
     return dq, dk, dv
+
+
+def _backward_memory(query: Tensor, key: Tensor, value: Tensor, elements: int) -> tuple[Tensor, ...]:
+    """dq, dk, dv and so many fp32 elements of scratch memory. In deterministic mode torch fills what it allocates for
+    Python, which takes a fifth of a backward of 512 tokens; as all of it is written, it is allocated without."""
+    if not private.is_deterministic():
+        scratch = torch.empty(elements, dtype=torch.float32, device=query.device)
+        return *empty_grads(query, key, value), scratch
+    alike = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (query, key, value))
+    layouts = [*map(_layout, empty_grads(*alike)), ((elements,), (1,), torch.float32)]
+    return _run_on(query.get_device(), lambda: tuple(private.empty_strided_cuda(*layout) for layout in layouts), ())
 
 
 def prepared_bwd(
@@ -329,7 +340,8 @@ def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Opti
     summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
-    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, deterministic)
+    turns = batch * summed * tiles if deterministic else 0
+    size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, turns)
     scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
     return _BackwardLaunch(plan.run, size, scalars, summed)
 
@@ -345,13 +357,12 @@ def _scaling(options: Options, head_dim: int) -> tuple[float, float, float | Non
     return scale, scale, None
 
 
-def _run_on(device: int, run: Kernel, arguments: tuple) -> None:
-    """Launch on the current stream of ``device``."""
+def _run_on(device: int, run: Callable[..., Any], arguments: tuple) -> Any:
+    """Launch on the current stream of ``device``, or do something else with that as the current device."""
     if device == torch.cuda.current_device():
-        run(*arguments)
-    else:
-        with torch.cuda.device(device):
-            run(*arguments)
+        return run(*arguments)
+    with torch.cuda.device(device):
+        return run(*arguments)
 
 
 def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tuple[KernelKey, ...]:

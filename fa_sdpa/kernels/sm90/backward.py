@@ -47,6 +47,7 @@ Named barriers:
     TURN + i       MMA warpgroup i may issue dV … S: i waits (128), the other arrives (128) (64 keys each)
     DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
     DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
+                   (in deterministic mode, for each stage of Q: backward_turns.py)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -66,7 +67,7 @@ window's edges, or in a tile with keys beyond seqlen_k, have a loop of their own
 Static options of a key, whose values are arguments (Scoring):
     window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
     softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
-    deterministic tiles add to a block in falling order: a counter of the block says whose turn it is (no argument)
+    deterministic tiles add to a block in falling order, one after the other (backward_turns.py; no argument)
 A sink is part of lse and needs nothing here.
 
 Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other
@@ -104,23 +105,14 @@ from .backward_order import (
     take_unit,
 )
 from .backward_roles import HIDDEN, Place, Roles
-from .backward_rows import (
-    THREADS,
-    WARPGROUP,
-    Scratch,
-    await_count,
-    count_up,
-    end_turn,
-    reset,
-    split_scratch,
-)
+from .backward_rows import THREADS, WARPGROUP, Scratch, await_count, count_up, reset, split_scratch
 from .backward_short import ShortTiles
+from .backward_turns import FILLING, TURN, Turns
 from .backward_units import RowUnits
 from .config import BackwardConfig, round_up
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
-DQ_EMPTY, DQ_FULL, TURN = 3, 5, 7  # named barriers, first of two each; barrier 0 is the CTA's
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
 
 
@@ -146,7 +138,7 @@ class Smem(NamedTuple):
     ds: cute.Tensor  # (tile_m, tile_n, stages)
     p: cute.Tensor | None  # where products are shared: (8, WARPGROUP, values / 8 of a thread), or in short tiles as ds
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
-    dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2) fp32, where there is room
+    dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2, stages_dq) fp32, where there is room
     sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
     o: cute.Tensor  # (tile_m, width_v, stages); where there is no room for it, where dO is
 
@@ -194,15 +186,6 @@ class Mmas(NamedTuple):
     dq: cute.TiledMma  # (tile_m, columns of dQ)
 
 
-class Additions(NamedTuple):
-    """Where, and when, a warp adds its share of dQ of a block to its sums."""
-
-    block: Int64  # of the ring
-    turn: cute.Pointer | None  # in deterministic mode, the counter
-    awaited: Int32  # what it must have reached
-    handed_on: Int32  # what it is set to
-
-
 class Scoring(NamedTuple):
     """From Q Kᵀ to P and dS: what is None is not in this kernel."""
 
@@ -243,7 +226,7 @@ class Context(NamedTuple):
     place: Place
 
 
-class Backward(Roles, ShortTiles, RowUnits):
+class Backward(Roles, ShortTiles, RowUnits, Turns):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
@@ -254,7 +237,8 @@ class Backward(Roles, ShortTiles, RowUnits):
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.splits_keys, self.dq_by_rows = config.splits_keys, config.dq_by_rows
         self.has_dq_warpgroup, self.warpgroups = config.has_dq_warpgroup, config.mma_warpgroups
-        self.dq_columns, self.dq_chunk, self.stages_dq = config.dq_columns, config.dq_chunk, config.stages_dq
+        self.dq_columns, self.dq_chunk = config.dq_columns, config.dq_chunk
+        self.stages_dq = config.stages_dq(key.deterministic)
         self.stores_by_tma = config.stores_by_tma
         # Half of the sums of dQ of a block fits where its dO does, and its O where Q does; else each has two stages.
         self.splits_sums, self.splits_rows = self.dq_columns > self.width_v, self.width_v > self.width
@@ -262,7 +246,7 @@ class Backward(Roles, ShortTiles, RowUnits):
         self.dk_columns, self.dv_columns = config.dk_columns, config.dv_columns
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
-        self.deterministic, self.adders = key.deterministic, config.adders
+        self.deterministic, self.adders, self.turn_warps = key.deterministic, config.adders, config.turn_warps
         self.interleaved = key.is_causal or key.window or key.deterministic
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
         *self.mma_registers, self.producer_registers, self.dq_registers = config.registers
@@ -385,7 +369,7 @@ class Backward(Roles, ShortTiles, RowUnits):
             slots,
             self.tile_m,
             self.dq_values,
-            self.adders if self.deterministic else None,
+            (self.turn_warps, tiles, groups) if self.deterministic else None,
         )
         reset(scratch.counters).launch(
             grid=[cute.ceil_div(cute.size(scratch.counters), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
@@ -427,7 +411,7 @@ class Backward(Roles, ShortTiles, RowUnits):
                 cpasync.prefetch_descriptor(atom)
         storage = SmemAllocator().allocate(self._shared_storage(layouts))
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
-        staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2))
+        staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2, max(self.stages_dq, 1)))
         sums = cute.make_layout((4, WARPGROUP, self.dq_values // 4))
         smem = Smem(
             *(
@@ -460,6 +444,7 @@ class Backward(Roles, ShortTiles, RowUnits):
         on_k, on_v, writing, reading = (
             (main + dq, main, main, dq or main) if self.splits_keys else (main, main // 2, main // 2, dq)
         )
+        others = 2 if self.stages_dq else int(self.deterministic)  # warps that add dQ, or hand turns on
         pipelines = Pipelines(
             self._pipeline(storage.k_barriers, 1, self.tile_n * self.width * width, on_k),
             self._pipeline(storage.v_barriers, 1, self.tile_n * self.width_v * width, on_v),
@@ -486,7 +471,7 @@ class Backward(Roles, ShortTiles, RowUnits):
                     cute.arch.mbarrier_init(pipelines.p_empty, writing)
                 for i in cutlass.range_constexpr(ENTRIES):
                     cute.arch.mbarrier_init(pipelines.units.full + i, 1)
-                    cute.arch.mbarrier_init(pipelines.units.empty + i, main + dq + 2 * self.stages_dq)
+                    cute.arch.mbarrier_init(pipelines.units.empty + i, main + dq + others)
                 for i in cutlass.range_constexpr(WARPS):
                     pipelines.units.turns[i] = Int32(0)
         cute.arch.mbarrier_init_fence()
@@ -499,7 +484,7 @@ class Backward(Roles, ShortTiles, RowUnits):
                 self.load(atoms, gmem, scratch, smem, pipelines, order, scoring.window, qhead_per_kvhead)
             if cutlass.const_expr(self.stages_dq):
                 if warp_idx == 1 or warp_idx == 2:
-                    self.add_dq(
+                    (self.add_in_turns if self.deterministic else self.add_dq)(
                         atoms,
                         gmem,
                         scratch,
@@ -511,6 +496,9 @@ class Backward(Roles, ShortTiles, RowUnits):
                         qhead_per_kvhead,
                         warp_idx - 1,
                     )
+            elif cutlass.const_expr(self.deterministic):
+                if warp_idx == 1:
+                    self.hand_on_turns(gmem, scratch, pipelines.units, scoring.window, qhead_per_kvhead)
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
                 if cutlass.const_expr(not self.transposes_sums):
@@ -683,62 +671,38 @@ class Backward(Roles, ShortTiles, RowUnits):
     ) -> None:
         """Warp that adds one MMA warpgroup's dQ of every block to its sums, once it is in shared memory, and stores its
         dV and dK of every tile from there."""
-        source = sdQ[None, 0, 0, wg].iterator
+        source, stage = sdQ[None, 0, 0, wg, 0].iterator, Int32(0)
         unit, _ = get_unit(units)
-        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier_arrive(barrier_id=self._empty(wg, stage), number_of_threads=FILLING)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                next_start = self._next_start(unit, gmem, window)
                 self._await_slot(unit, order, gmem, scratch)
-                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
-                    where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
-                    target = self._position(i, *where, wg)
-                    if cutlass.const_expr(self.deterministic):
-                        await_count(target.turn, target.awaited)
-                    cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+                    block = self._position(i, unit, start, end, qhead_per_kvhead, gmem)
+                    cute.arch.barrier(barrier_id=self._full(wg, stage), number_of_threads=FILLING)
                     with cute.arch.elect_one():
-                        sums = scratch.sums[None, 0, 0, wg, target.block].iterator
+                        sums = scratch.sums[None, 0, 0, wg, block].iterator
                         bulk_add(sums, source, 4 * WARPGROUP * self.dq_values)
-                    self._release_dq(wg)
-                    if cutlass.const_expr(self.deterministic):
-                        if i > 0:  # a block late, as it takes as long as a block until it is added
-                            cute.arch.cp_async_bulk_wait_group(1)
-                            end_turn(last, target.handed_on)
-                        last = target.turn
-                if cutlass.const_expr(self.deterministic and not self.stores_by_tma):
-                    if total > 0:
-                        cute.arch.cp_async_bulk_wait_group(0)
-                        end_turn(last, self._turn(unit, order) + 1)
+                    self._release_dq(wg, stage)
                 if cutlass.const_expr(self.stores_by_tma):
                     row_block = unit.index * 2 + wg
                     for atom, mX, layout in (
                         (atoms.dv, gmem.dv[None, None, unit.head, unit.batch], layouts.dv),
                         (atoms.dk, gmem.dk[None, None, unit.head, unit.batch], layouts.dk),
                     ):
-                        sX = self._in_dq(sdQ, layout, wg)
+                        sX = self._in_dq(sdQ, layout, wg, stage)
                         gX = cute.local_tile(mX, (64, cute.size(sX, mode=[1])), (row_block, 0))
                         tXsX, tXgX = cpasync.tma_partition(
                             atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
                         )
-                        cute.arch.barrier(barrier_id=DQ_FULL + wg, number_of_threads=WARPGROUP + 32)
+                        cute.arch.barrier(barrier_id=self._full(wg, stage), number_of_threads=FILLING)
                         cute.copy(atom, tXsX, tXgX)
-                        self._release_dq(wg)
-                        if cutlass.const_expr(self.deterministic and layout is layouts.dv):
-                            if total > 0:
-                                cute.arch.cp_async_bulk_wait_group(1)
-                                end_turn(last, self._turn(unit, order) + 1)
+                        self._release_dq(wg, stage)
                 cute.arch.cp_async_bulk_wait_group(0)
                 count_up(scratch.added.iterator + unit.slot)
             unit, _ = get_unit(units)
-
-    @cute.jit
-    def _release_dq(self, wg: Int32) -> None:
-        """Tell an MMA warpgroup, once it is so, that what it put into dQ's shared memory has been read."""
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-        cute.arch.barrier_arrive(barrier_id=DQ_EMPTY + wg, number_of_threads=WARPGROUP + 32)
 
     @cute.jit
     def _conversions(self, unit: Unit, order: Order) -> Int32:
@@ -752,50 +716,24 @@ class Backward(Roles, ShortTiles, RowUnits):
         await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
 
     @cute.jit
-    def _next_start(self, unit: Unit, gmem: Gmem, window: Window | None) -> Int32:
-        """The tile of the next keys, which comes first, adds to those query blocks of this one that are not before
-        this. (Neither start nor end of their ranges ever falls.)"""
-        next_start = Int32(0)
-        if cutlass.const_expr(self.deterministic):
-            next_start = cute.ceil_div(gmem.q.shape[0], self.tile_m)
-            if (unit.index + 1) * self.tile_n < gmem.k.shape[0]:
-                next_start, _, _, _ = self._query_blocks(unit.index + 1, gmem, window)
-        return next_start
-
-    @cute.jit
-    def _turn(self, unit: Unit, order: Order) -> Int32:
-        """In deterministic mode, how many tiles before this one add to its slot."""
-        return unit.generation * order.tiles + order.tiles - 1 - unit.index
-
-    @cute.jit
     def _position(
         self,
         index: Int32,  # of a block of the tile, in the order in which they are visited
         unit: Unit,
         start: Int32,  # of the tile's query blocks
         end: Int32,
-        next_start: Int32,
-        order: Order,
         qhead_per_kvhead: Int32,
         gmem: Gmem,
-        scratch: Scratch,
-        adder: Int32,  # of the warps that add
-    ) -> Additions:
-        """Where dQ of that block goes."""
+    ) -> Int64:
+        """Where dQ of that block goes in the ring."""
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         m_block = self._visited((end - start) * qhead_per_kvhead - 1 - index, start, end, qhead_per_kvhead)
-        block = Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
-        if cutlass.const_expr(not self.deterministic):
-            return Additions(block, None, Int32(0), Int32(0))
-        before, awaited = self._turn(unit, order), Int32(0)
-        if m_block >= next_start:
-            awaited = before
-        turn = scratch.turns.iterator + cute.crd2idx((adder, block), scratch.turns.layout)
-        return Additions(block, turn, awaited, before + 1)
+        return Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
 
-    def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32) -> cute.Tensor:
-        """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory."""
-        start = (sdQ.iterator + wg * (WARPGROUP * self.dq_values)).align(1024)
+    def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32 | int, stage: Int32) -> cute.Tensor:
+        """(64, columns) tile of 16-bit values in a warpgroup's part of dQ's shared memory for this stage of Q."""
+        part = wg + 2 * self._dq_stage(stage)
+        start = (sdQ.iterator + part * (WARPGROUP * self.dq_values)).align(1024)
         pointer = cute.recast_ptr(start, layout.inner, dtype=self.dtype)
         return cute.make_tensor(pointer, layout.outer)[None, None, 0]
 
@@ -922,8 +860,8 @@ class Backward(Roles, ShortTiles, RowUnits):
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
         if cutlass.const_expr(self.stores_by_tma):
-            self._hand_over(regs.acc_dV, self._in_dq(smem.dq, layouts.dv, wg), place, Float32(1.0))
-            self._hand_over(regs.acc_dK, self._in_dq(smem.dq, layouts.dk, wg), place, scoring.softmax_scale)
+            self._hand_over(regs.acc_dV, smem.dq, layouts.dv, place, Float32(1.0), q_state.index)
+            self._hand_over(regs.acc_dK, smem.dq, layouts.dk, place, scoring.softmax_scale, 1 - q_state.index)
         else:
             head, batch = self._split_group(group, gmem)
             self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
@@ -1019,7 +957,7 @@ class Backward(Roles, ShortTiles, RowUnits):
         """This warpgroup's dQ to the warp that adds it."""
         self._arrive(pipelines.ds_empty + stage)
         values = range(0, self.dq_values, 4)
-        self._stage_dq(acc_dQ.iterator, 0, values, smem, place.tidx % WARPGROUP, place.wg)
+        self._stage_dq(acc_dQ.iterator, 0, values, smem, place.tidx % WARPGROUP, place.wg, stage)
 
     @cute.jit
     def _stage_dq(
@@ -1030,17 +968,19 @@ class Backward(Roles, ShortTiles, RowUnits):
         smem: Smem,
         thread: Int32,  # of its warpgroup
         part: Int32,
+        stage: Int32,  # of the block's Q
     ) -> None:
         """Values of one of the two parts of dQ to the warp that adds it, once it has all of them."""
         if cutlass.const_expr(values.start % self.dq_values == 0):
-            cute.arch.barrier(barrier_id=DQ_EMPTY + part, number_of_threads=WARPGROUP + 32)
+            cute.arch.barrier(barrier_id=self._empty(part, stage), number_of_threads=FILLING)
         store = cute.make_copy_atom(cute.nvgpu.CopyUniversalOp(), Float32, num_bits_per_copy=128)
+        target = smem.dq[None, None, None, None, self._dq_stage(stage)]
         for i in cutlass.range_constexpr(len(values)):
             source = cute.make_tensor(registers + (values[i] - offset), cute.make_layout(4))
-            cute.copy(store, source, smem.dq[None, thread, values[i] % self.dq_values // 4, part])
+            cute.copy(store, source, target[None, thread, values[i] % self.dq_values // 4, part])
         if cutlass.const_expr(values.stop % self.dq_values == 0):
             cute.arch.fence_view_async_shared()
-            cute.arch.barrier_arrive(barrier_id=DQ_FULL + part, number_of_threads=WARPGROUP + 32)
+            cute.arch.barrier_arrive(barrier_id=self._full(part, stage), number_of_threads=FILLING)
 
     @cute.jit
     def _arrive(self, mbarrier: cute.Pointer) -> None:
@@ -1132,16 +1072,25 @@ class Backward(Roles, ShortTiles, RowUnits):
         return rounded
 
     @cute.jit
-    def _hand_over(self, acc: cute.Tensor, sX: cute.Tensor, place: Place, scale: Float32) -> None:
+    def _hand_over(
+        self,
+        acc: cute.Tensor,
+        sdQ: cute.Tensor,
+        layout: cute.ComposedLayout,
+        place: Place,
+        scale: Float32,
+        stage: Int32,  # of the next block's Q, if it were one
+    ) -> None:
         """Round scale · acc, all columns of this warpgroup's 64 keys, and give it to the warp that stores it."""
+        sX = self._in_dq(sdQ, layout, place.wg, stage)
         rounded = self._round(acc, scale)
         alone = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (1, 1), cute.size(sX, mode=[1]), a_in_registers=True)
         atom = cute.make_copy_atom(warp.StMatrix8x8x16bOp(transpose=False, num_matrices=4), self.dtype)
         copy = cute.make_tiled_copy_C(atom, alone).get_slice(fragments.read_thread_idx() % WARPGROUP)
-        cute.arch.barrier(barrier_id=DQ_EMPTY + place.wg, number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier(barrier_id=self._empty(place.wg, stage), number_of_threads=FILLING)
         cute.copy(copy, copy.retile(rounded), copy.partition_D(sX))
         cute.arch.fence_view_async_shared()
-        cute.arch.barrier_arrive(barrier_id=DQ_FULL + place.wg, number_of_threads=WARPGROUP + 32)
+        cute.arch.barrier_arrive(barrier_id=self._full(place.wg, stage), number_of_threads=FILLING)
 
     @cute.jit
     def _store(

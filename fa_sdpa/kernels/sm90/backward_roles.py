@@ -25,20 +25,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, pipeline
+from cutlass import Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 
 from ..common import fragments, softmax
 from ..common.atomics import add_fragment
 from ..common.mask import mask_left, mask_right
 from .backward_order import END, MULTIPLY, Order, Unit, get_unit
-from .backward_rows import WARPGROUP, Scratch, await_count, count_up, end_turn
+from .backward_rows import WARPGROUP, Scratch, count_up
 from .backward_short import DS_WRITTEN, P_WRITTEN
+from .backward_turns import DQ_EMPTY, DQ_FULL, FILLING
 from .wgmma import K_MAJOR, issue, tiled_mma, transposed
 
 if TYPE_CHECKING:
     from ..common.blocks import Window
-    from .backward import Additions, Gmem, Mmas, Pipelines, Scoring, Smem
+    from .backward import Gmem, Mmas, Pipelines, Scoring, Smem
 
 HIDDEN = -1e18  # a masked score that is capped: 2^(HIDDEN · c - lse) is 0, and HIDDEN² is finite
 
@@ -97,32 +98,31 @@ class Roles:
         tQrdS = partition.make_fragment_A(partition.partition_A(smem.ds))
         tQrK = partition.make_fragment_B(partition.partition_B(transposed(smem.k)))
         state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        adder = cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4
         unit, tile = get_unit(pipelines.units)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                next_start = self._next_start(unit, gmem, window)
                 if cutlass.const_expr(not self.stages_dq):
                     self._await_slot(unit, order, gmem, scratch)
+                if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                    shared, seen = self._next_start(unit, gmem, window) * qhead_per_kvhead, Int32(0)
                 pipelines.k.consumer_wait(kv_state)
-                total, last = (end - start) * qhead_per_kvhead, scratch.added.iterator
+                total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
-                    target = None
+                    block = None
                     if cutlass.const_expr(not self.stages_dq):
-                        where = unit, start, end, next_start, order, qhead_per_kvhead, gmem, scratch
-                        target = self._position(i, *where, adder)
+                        block = self._position(i, unit, start, end, qhead_per_kvhead, gmem)
+                    if cutlass.const_expr(not self.stages_dq and self.deterministic):
+                        seen = self._await_turn(unit, start * qhead_per_kvhead + i, shared, seen, gmem, scratch)
                     cute.arch.mbarrier_wait(pipelines.ds_full + state.index, state.phase)
                     tQrdS_stage = tQrdS[None, None, None, state.index]
-                    self._dq_of_block(mmas, tQrdS_stage, tQrK, scratch, smem, pipelines, state, target, last, i > 0)
+                    self._dq_of_block(mmas, tQrdS_stage, tQrK, scratch, smem, pipelines, state, block)
                     if cutlass.const_expr(not self.stages_dq and self.deterministic):
-                        last = target.turn
+                        cute.arch.barrier(barrier_id=DQ_EMPTY, number_of_threads=FILLING)
+                        cute.arch.barrier_arrive(barrier_id=DQ_FULL, number_of_threads=FILLING)
                     state.advance()
                 pipelines.k.consumer_release(kv_state)
-                if cutlass.const_expr(not self.stages_dq and self.deterministic):
-                    if total > 0:
-                        end_turn(last, self._turn(unit, order) + 1)
                 if cutlass.const_expr(not self.stages_dq):
                     count_up(scratch.added.iterator + unit.slot)
             unit, tile = get_unit(pipelines.units)
@@ -137,9 +137,7 @@ class Roles:
         smem: "Smem",
         pipelines: "Pipelines",
         state: pipeline.PipelineState,  # of dS
-        target: "Additions | None",  # None: other warps add it
-        last: cute.Pointer,  # in deterministic mode, the turn to hand on, of the block before
-        has_last: Boolean,
+        block: Int64 | None,  # of the ring; None: other warps add it
     ) -> None:
         """dQ, dq_chunk columns at a time."""
         chunks = self.dq_columns // self.dq_chunk
@@ -151,25 +149,21 @@ class Roles:
             if cutlass.const_expr(c == chunks - 1):
                 self._arrive(pipelines.ds_empty + state.index)
             if cutlass.const_expr(self.stages_dq):
-                self._stage_chunk(acc, c, smem)
+                self._stage_chunk(acc, c, smem, state.index)
             else:
-                if cutlass.const_expr(self.deterministic and c == 0):
-                    if has_last:  # a block late, as it takes as long as a product until it is added
-                        end_turn(last, target.handed_on)
-                    await_count(target.turn, target.awaited)
                 first, thread = c * cute.size(acc), cute.arch.thread_idx()[0] % WARPGROUP
                 group, part = first % self.dq_values // 4, first // self.dq_values
-                add_fragment(scratch.sums[None, thread, group, part, target.block].iterator, acc, WARPGROUP)
+                add_fragment(scratch.sums[None, thread, group, part, block].iterator, acc, WARPGROUP)
 
     @cute.jit
-    def _stage_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem") -> None:
+    def _stage_chunk(self, acc: cute.Tensor, c: cutlass.Constexpr[int], smem: "Smem", stage: Int32) -> None:
         """Chunk ``c`` of dQ to the warps that add its two parts."""
         first, size = c * cute.size(acc), cute.size(acc)
         for part in cutlass.range_constexpr(2):
             begin, end = part * self.dq_values, (part + 1) * self.dq_values
             if cutlass.const_expr(first < end and begin < first + size):
                 values = range(max(begin, first), min(end, first + size), 4)
-                self._stage_dq(acc.iterator, first, values, smem, cute.arch.thread_idx()[0] % WARPGROUP, part)
+                self._stage_dq(acc.iterator, first, values, smem, cute.arch.thread_idx()[0] % WARPGROUP, part, stage)
 
     @cute.jit
     def score(

@@ -10,9 +10,8 @@ warpgroup after the other: four values of its thread 0, of its thread 1, …, th
 
 Counters, Int32: the next unit of work; for each slot how often warps that add to it finished a tile; for each slot how
 often warps finished a part of its conversion; for each group how often warps prepared a part of it. (The order of
-units: backward_order.py.) In deterministic mode also, for each block of the ring and each warp of a CTA that adds to
-it, how many tiles have added to it or have no need to: those of the group up to the last one, and those of the slot's
-earlier users. Counters only ever rise.
+units: backward_order.py.) In deterministic mode also, for each tile, up to which position it has added to the sums
+(backward_turns.py). Counters only ever rise.
 
 Rows beyond seqlen_q, and rows that saw no key, get lse = +inf: exp2(s - inf) = 0 keeps them out of every gradient.
 """
@@ -40,7 +39,7 @@ class Scratch(NamedTuple):
     added: cute.Tensor  # (slots,) Int32
     converted: cute.Tensor  # (slots,) Int32
     prepared: cute.Tensor  # (groups,) Int32
-    turns: cute.Tensor | None  # (adding warps of a CTA, blocks of the ring) Int32, in deterministic mode
+    turns: cute.Tensor | None  # (warps of a CTA that hand them on, tiles, groups) Int32, in deterministic mode
 
 
 def split_scratch(
@@ -51,7 +50,7 @@ def split_scratch(
     slots: Int32,
     tile_m: int,
     values: int,
-    adders: int | None,  # warps of a CTA that add to the sums, where they take turns
+    turns: tuple | None,  # shape of the counters in deterministic mode
 ) -> Scratch:
     """The parts of the scratch tensor."""
     rows = 2 * tile_m
@@ -66,10 +65,9 @@ def split_scratch(
     counters = cute.recast_ptr(start + per_block * ring_blocks, dtype=Int32)
     counts = [1, slots, slots, groups]
     total = Int64(1 + 2 * slots + groups)
-    turns = None
-    if adders:
-        turns = cute.make_tensor(counters + total, cute.make_layout((adders, ring_blocks)))
-        total += adders * ring_blocks
+    if turns is not None:
+        turns = cute.make_tensor(counters + total, cute.make_layout(turns))
+        total += cute.size(turns)
     parts, position = [], Int32(0)
     for count in counts:
         parts.append(cute.make_tensor(counters + position, cute.make_layout(count)))
@@ -140,13 +138,14 @@ def zero_sums(scratch: Scratch, block: Int64, thread: Int32, part: Int32) -> Non
 
 
 @cute.jit
-def await_count(counter: cute.Pointer, count: Int32) -> None:
+def await_count(counter: cute.Pointer, count: Int32) -> Int32:
     """Wait until a counter has at least this value, and until what was written before it rose can be read, and be added
-    to by bulk reductions, by the calling thread."""
+    to by bulk reductions, by the calling thread; the value."""
     seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
     while seen < count:
         seen = cute.arch.load(counter, Int32, sem="acquire", scope="gpu")
     cute.arch.fence_proxy("async.global")
+    return seen
 
 
 @cute.jit
@@ -167,7 +166,7 @@ def count_up(counter: cute.Pointer) -> None:
 
 @cute.jit
 def end_turn(counter: cute.Pointer, value: Int32) -> None:
-    """Hand the counter on: this warp has added what it had to."""
+    """Set a counter that only this warp writes."""
     _publish()
     with cute.arch.elect_one():
         cute.arch.store(counter, value, sem="release", scope="gpu")

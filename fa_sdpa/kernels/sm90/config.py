@@ -14,7 +14,7 @@ from ...meta.target import Target
 from ..key import KernelKey
 
 ARCH = 90
-DELAY = 2  # blocks of queries between tiles of a group that take turns
+DELAY = {False: 2, True: 1}  # blocks of queries between tiles of a group that take turns, by whether there is a mask
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -142,7 +142,7 @@ class BackwardConfig:
             raise ValueError(f"{self.stages=} must be 2: dS is written to a stage while the other one is read")
         if self.smem_bytes > SMEM_PER_BLOCK:
             raise ValueError(f"{self.smem_bytes=} must be at most {SMEM_PER_BLOCK}")
-        if self.splits_keys and not self.stages_dq:
+        if self.splits_keys and not self.stages_dq():
             raise ValueError(f"{self.tile_n=} leaves no room for dQ")
 
     @property
@@ -262,19 +262,28 @@ class BackwardConfig:
     def adders(self) -> int:
         """Warps of a CTA that add dQ to its sums, each its share of every block: two of their own, or dQ's
         warpgroup."""
-        return 2 if self.stages_dq else 4
-
-    def scratch(self, sequences: int, blocks: int, group: int, slots: int, deterministic: bool) -> int:
-        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
-        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters."""
-        ring_blocks = slots * group * blocks
-        counters = 1 + 2 * slots + sequences // group + (self.adders * ring_blocks if deterministic else 0)
-        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
+        return 2 if self.stages_dq() else 4
 
     @property
-    def stages_dq(self) -> bool:
-        """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return not self.transposes_sums and self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+    def turn_warps(self) -> int:
+        """Warps of a CTA that hand turns on in deterministic mode, each for blocks of its own."""
+        return 2 if self.stages_dq() else 1
+
+    def scratch(self, sequences: int, blocks: int, group: int, slots: int, turns: int) -> int:
+        """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
+        heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters; those of
+        ``turns`` tiles, which are all in deterministic mode, else 0."""
+        ring_blocks = slots * group * blocks
+        counters = 1 + 2 * slots + sequences // group + self.turn_warps * turns
+        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
+
+    def stages_dq(self, deterministic: bool = False) -> int:
+        """Blocks of dQ in shared memory, to be added to global memory from there; with 0 that happens from registers. A
+        second one is for turns in deterministic mode."""
+        if self.transposes_sums:
+            return 0
+        wanted = range(2 if deterministic else 1, 0, -1)
+        return next((stages for stages in wanted if self._smem_bytes(stages) <= SMEM_PER_BLOCK), 0)
 
     @property
     def stores_by_tma(self) -> bool:
@@ -286,14 +295,14 @@ class BackwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq)
+        return self._smem_bytes(self.stages_dq())
 
-    def _smem_bytes(self, stages_dq: bool) -> int:
+    def _smem_bytes(self, stages_dq: int) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
         warpgroup to another; fp32 dQ."""
         width = self.head_dim_smem + self.head_dim_v_smem
         scores = self.tile_m * self.tile_n
-        dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
+        dq = 4 * self.tile_m * self.dq_columns * stages_dq
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
         tiles += 2 * self.p_stages * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
@@ -515,10 +524,10 @@ def backward_schedule(
     """
     section = max(1, num_sms // (2 * tiles)) if is_masked else 1
     if deterministic:
-        section = max(section, -(-DELAY * num_sms // visits))
+        section = max(section, -(-DELAY[is_masked] * num_sms // visits))
     sections = max(1, groups // section)
     width = groups - (sections - 1) * section  # of the last section
-    waves = (23 if is_masked else 13) + 10 * deterministic  # tenths; then the longest tiles are a section's last
+    waves = (23 if is_masked else 13) + 5 * deterministic  # tenths; then the longest tiles are a section's last
     ahead = width + -(-2 * num_sms // tiles)
     lag = max(width, -(-waves * num_sms // (10 * tiles)))
     slots = lag + width + -(-2 * num_sms // (5 * tiles))
