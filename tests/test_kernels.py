@@ -379,6 +379,9 @@ def test_query_heads_are_packed_for_one_query_that_nothing_tells_apart():
 # ---- the backward's order --------------------------------------------------------------------------------------------
 
 
+WINDOWS = [(0, 0), (-100, 37), (-64, 0), (20, 90), (-300, -200), (-5, 2000), (-2000, 5), (500, 600)]
+
+
 def units_of(heads, batch, tiles, parts, is_masked, deterministic, num_sms):
     """Schedule and units of a launch in their order, found as the kernel finds them, with Python's integers."""
     needs_compiler()
@@ -431,6 +434,40 @@ def test_every_unit_comes_once_and_waits_only_for_earlier_ones(mode, num_sms):
                     seen[group] = unit.index
 
 
+@pytest.mark.parametrize("is_causal, bounds", [(False, None), (True, None), *((False, b) for b in WINDOWS)])
+def test_the_tile_before_adds_to_what_a_tile_waits_for(is_causal, bounds):
+    """And no later tile to what it does not wait for: so tiles take their turns at each block one by one."""
+    needs_compiler()
+    from fa_sdpa.kernels.common import blocks as block_ranges
+
+    window = bounds and block_ranges.Window(*bounds)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_ranges, "Int32", int)
+        visited = block_ranges.query_blocks.__wrapped__
+        for seqlen_q, seqlen_k, (tile_m, tile_n) in itertools.product(
+            (1, 64, 130, 700), (1, 128, 300, 1000), ((64, 64), (64, 128), (128, 128))
+        ):
+            sizes = seqlen_q, seqlen_k, tile_m, tile_n, is_causal, window
+            tiles = [range(*visited(tile, *sizes)[::3]) for tile in range(-(-seqlen_k // tile_n))]
+            for tile, (blocks, before) in enumerate(itertools.pairwise(tiles)):
+                waits = set(blocks) & set(range(before.start, seqlen_q))  # as _await_turn in backward_turns.py
+                assert waits <= set(before), (sizes, tile)
+                assert not (set(blocks) - waits) & set().union(*tiles[tile + 1 :]), (sizes, tile)
+
+
+def test_turns_have_a_second_stage_where_there_is_room():
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            chosen = config.backward_config(head_dim, head_dim_v)
+            stages = chosen.stages_dq(deterministic=True)
+            assert chosen.stages_dq() <= stages <= 2 and bool(stages) == bool(chosen.stages_dq())
+            more = 4 * chosen.tile_m * chosen.dq_columns * (stages - chosen.stages_dq())
+            assert chosen.smem_bytes + more <= config.SMEM_PER_BLOCK
+            assert chosen.turn_warps == max(1, min(2, 2 * stages))
+    stages = {d: config.backward_config(d, d).stages_dq(deterministic=True) for d in (64, 80, 96, 128, 192, 256)}
+    assert stages == {64: 2, 80: 2, 96: 2, 128: 2, 192: 1, 256: 0}
+
+
 def test_the_ring_stays_small():
     for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
         for is_masked in (False, True):
@@ -456,6 +493,17 @@ def test_the_ring_stays_small():
 )
 def test_heads_of_a_backward_call(call, heads):
     assert config.backward_heads(*call, deterministic=False, num_sms=132) == heads
+
+
+def test_heads_of_a_deterministic_backward_call():
+    for call, heads in (
+        ((32, 8, 128, 128, True), 32),  # 8k tokens: a head of its own each
+        ((32, 8, 128, 128, False), 8),
+        ((32, 8, 128, 64, True), 16),  # 4k: eight tiles for each SM
+        ((32, 8, 256, 32, True), 8),
+        ((16, 16, 128, 128, True), 16),
+    ):
+        assert config.backward_heads(*call, deterministic=True, num_sms=132) == heads, call
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

@@ -380,6 +380,25 @@ def test_a_prepared_backward_launches_what_deterministic_mode_asks_for(launched)
     assert sizes[0] > sizes[1] and [wanted[4][2] for wanted in launch._backward_plans] == [False, True]
 
 
+def test_deterministic_gradients_are_allocated_without_a_fill(launched, monkeypatch):
+    """Those that nothing has prepared, in the memory order of their inputs, an expanded one among them."""
+    allocate, layouts = launch.private.empty_strided_cuda, []
+    monkeypatch.setattr(
+        launch.private, "empty_strided_cuda", lambda *layout: layouts.append(layout) or allocate(*layout)
+    )
+    q, k = (torch.randn(2, 9, 4, 64).to(torch.bfloat16).transpose(1, 2) for _ in range(2))
+    v = torch.randn(2, 1, 9, 64).to(torch.bfloat16).expand(2, 4, 9, 64)
+    out, lse = launch.attention_fwd(q, k, v, None, Options())
+    expected = [launch._layout(x) for x in launch.attention_bwd(out, q, k, v, out, lse, Options())]
+    assert not layouts
+    torch.use_deterministic_algorithms(True)
+    try:
+        grads = launch.attention_bwd(out, q, k, v, out, lse, Options())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert layouts[:3] == [launch._layout(x) for x in grads] == expected and len(layouts) == 4
+
+
 def metadata(x):
     return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else x
 

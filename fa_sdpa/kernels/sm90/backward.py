@@ -19,7 +19,8 @@ are not free until then; that is what happens where shared memory has no room.)
 
 Roles (persistent CTAs, one per SM):
     warpgroup 0      warp 0 takes the units and issues all TMA loads; warps 1 and 2 add half of dQ each to its sums and,
-                     where there is no third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles
+                     where there is no third MMA warpgroup, store dK and dV of 64 keys; warp 3 idles (in deterministic
+                     mode each adds whole blocks: backward_turns.py)
     warpgroups 1, 2  four or five WGMMAs of 64 keys each, or two each of all keys; softmax; dK and dV; rows
     warpgroup 3      dQ, where it would take the others too many registers
 
@@ -680,7 +681,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
                 self._await_slot(unit, order, gmem, scratch)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
-                    block = self._position(i, unit, start, end, qhead_per_kvhead, gmem)
+                    block = self._block_in_ring(i, unit, start, end, qhead_per_kvhead, gmem)
                     cute.arch.barrier(barrier_id=self._full(wg, stage), number_of_threads=FILLING)
                     with cute.arch.elect_one():
                         sums = scratch.sums[None, 0, 0, wg, block].iterator
@@ -716,7 +717,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         await_count(scratch.converted.iterator + unit.slot, self._conversions(unit, order))
 
     @cute.jit
-    def _position(
+    def _block_in_ring(
         self,
         index: Int32,  # of a block of the tile, in the order in which they are visited
         unit: Unit,

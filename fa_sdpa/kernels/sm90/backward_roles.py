@@ -112,7 +112,7 @@ class Roles:
                 for i in cutlass.range(total, unroll=1):
                     block = None
                     if cutlass.const_expr(not self.stages_dq):
-                        block = self._position(i, unit, start, end, qhead_per_kvhead, gmem)
+                        block = self._block_in_ring(i, unit, start, end, qhead_per_kvhead, gmem)
                     if cutlass.const_expr(not self.stages_dq and self.deterministic):
                         seen = self._await_turn(unit, start * qhead_per_kvhead + i, shared, seen, gmem, scratch)
                     cute.arch.mbarrier_wait(pipelines.ds_full + state.index, state.phase)

@@ -67,7 +67,7 @@ class Turns:
                 self._await_slot(unit, order, gmem, scratch)
                 for i in cutlass.range((filled + own) % 2, total, 2, unroll=1):
                     seen = self._await_turn(unit, first + i, shared, seen, gmem, scratch)
-                    block = self._position(i, unit, start, end, qhead_per_kvhead, gmem)
+                    block = self._block_in_ring(i, unit, start, end, qhead_per_kvhead, gmem)
                     for part in cutlass.range_constexpr(2):
                         source = sdQ[None, 0, 0, part, self._dq_stage(own)].iterator
                         cute.arch.barrier(barrier_id=self._full(part, own), number_of_threads=FILLING)
@@ -176,5 +176,5 @@ class Turns:
         """Tell an MMA warpgroup, once it is so, that what it put into dQ's shared memory has been read."""
         cute.arch.cp_async_bulk_commit_group()
         cute.arch.cp_async_bulk_wait_group(0, read=True)
-        # Blocks come to one stage of shared memory in turns, so it is the next one's.
+        # With one stage for all blocks, who fills it waits here for the next one, whichever warp that is of.
         cute.arch.barrier_arrive(barrier_id=self._empty(part, stage), number_of_threads=FILLING)

@@ -15,6 +15,7 @@ from ..key import KernelKey
 
 ARCH = 90
 DELAY = {False: 2, True: 1}  # blocks of queries between tiles of a group that take turns, by whether there is a mask
+HEAD_BLOCKS = 128  # of queries; see backward_heads
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -520,11 +521,12 @@ def backward_schedule(
     waves of CTAs before the tiles, sums are converted a wave after them, and a slot is used again some time later. With
     a mask, the longest tile takes twice the mean, and a section is half a wave; the last one has up to twice as many
     groups, for balance at the end. In deterministic mode a tile may begin DELAY blocks after the one before it: so many
-    groups go side by side. For speed only, but for what backward_order.py asks of the numbers.
+    groups go side by side, but no more, as the tiles of a group are all over its queries, which have to fit L2. For
+    speed only, but for what backward_order.py asks of the numbers.
     """
     section = max(1, num_sms // (2 * tiles)) if is_masked else 1
     if deterministic:
-        section = max(section, -(-DELAY[is_masked] * num_sms // visits))
+        section = max(section, DELAY[is_masked] * num_sms // visits)
     sections = max(1, groups // section)
     width = groups - (sections - 1) * section  # of the last section
     waves = (23 if is_masked else 13) + 5 * deterministic  # tenths; then the longest tiles are a section's last
@@ -544,10 +546,14 @@ def backward_heads(
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
     the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes two launches more.
+    In deterministic mode with a mask, a head of its own also from HEAD_BLOCKS blocks on: the tiles of a group are all
+    over its queries, and those of several heads do not fit L2.
     """
     group = heads // heads_kv
     if group * blocks < 12:
         return heads_kv
+    if deterministic and is_masked and blocks >= HEAD_BLOCKS:
+        return heads
     for split in (split for split in range(1, group + 1) if group % split == 0):
         count = heads_kv * split * tiles
         waves = -(-count // num_sms)
