@@ -454,7 +454,7 @@ def backward_config(
     smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
     mask, bias = "" if attn_mask == "none" else attn_mask, BIAS_BYTES.get(attn_mask, 0)
     smem += 64 * 128 * bias + (4096 if mask else 0)
-    most = (160 if bias else 192) if softcap else 256
+    most = (128 if bias else 192) if softcap else 256
     if columns > most or smem > 192 << 10:
         return BackwardConfig(head_dim, head_dim_v, 64, 64, 2, mask)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap and not bias
