@@ -28,6 +28,7 @@ import backward_cases  # noqa: E402
 import mask_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
+from mask_backward_cases import random_backward_case  # noqa: E402
 from mask_cases import random_masked_case  # noqa: E402
 
 COMPILE_ALL = bool(os.environ.get("FA_SDPA_COMPILE_ALL"))  # make compile-all: every head dim with every option
@@ -670,6 +671,8 @@ def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
     masked = map(random_masked_case, itertools.repeat(0), range(3000))
     masked_keys = mask_cases.keys_of((masked_case.case, masked_case.dtype) for masked_case in masked)
+    trained = map(random_backward_case, itertools.repeat(0), range(3000))
+    masked_keys += mask_cases.keys_of(((each.case, each.dtype) for each in trained), needs_grad=True)
     missing = [key.name for key in (*forward, *backward, *masked_keys) if sm90_sanitize.code_path(key) not in sanitized]
     assert missing == []
 

@@ -35,7 +35,7 @@ class _BackwardPlan(NamedTuple):
     run: Kernel
     num_sms: int
     config: sm90.BackwardConfig
-    preparation: KernelKey | None  # with a mask
+    preparation: KernelKey | None = None  # with a mask
 
 
 class _MaskedPlan(NamedTuple):
