@@ -154,6 +154,12 @@ def backward_cases() -> list[tuple[Case, int]]:
         for options, softcap in ((window, 0.0), (end, 0.0), (window, 30.0), (Options(), 30.0), (causal, 30.0))
         for q, k in ((300, 400), (400, 150))
     ]
+    optional += [
+        Case("bf16", d, dv, 1, 4, 2, q, k, options)
+        for d, dv in ((128, 256), (192, 192))
+        for options in (window, end)
+        for q, k in ((300, 400), (400, 150))
+    ]
     orders = [
         (Case("bf16", 64, 64, 1, 16, 16, 3300, 256, causal), 5),  # paired, an even number of blocks
         (Case("fp16", 128, 128, 1, 8, 4, 3300, 300, causal), 5),  # paired, an odd number of blocks

@@ -122,7 +122,8 @@ class MaskedBackward(Backward):
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
+                gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 _, bits_start, whole_start, end = self._query_blocks(unit, gmem, window)
