@@ -131,25 +131,32 @@ class Poison(TorchDispatchMode):
 
 
 def math_grads(
-    tensors: list[Tensor], dout: Tensor, sink: Tensor | None, options: Options
+    tensors: list[Tensor], dout: Tensor, sink: Tensor | None, options: Options, attn_mask: Tensor | None = None
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Autograd through attention written out, in the dtype of ``tensors``: (dq, dk, dv and the sink's), out, lse."""
     leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
     if sink is not None:
         leaves.append(sink.detach().to(leaves[0].dtype).requires_grad_())
-    out, lse = reference.attention(*leaves[:3], sink=leaves[3] if sink is not None else None, **options._asdict())
+    named = {"sink": leaves[3] if sink is not None else None, "attn_mask": attn_mask, **options._asdict()}
+    out, lse = reference.attention(*leaves[:3], **named)
     return torch.autograd.grad(out, leaves, dout.to(out.dtype)), out.detach(), lse.detach()
 
 
 def rounded_out(
-    tensors: list[Tensor], dout: Tensor, sink: Tensor | None, options: Options, dtype: torch.dtype
+    tensors: list[Tensor],
+    dout: Tensor,
+    sink: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    attn_mask: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """How far the gradients of fp32 ``tensors`` are off if δ = Σ dO ∘ O is that of O in ``dtype``, in the order of
     math_grads. dS_ij is off by p_ij times δ's error, and p_ij is the gradient of lse_i."""
     leaves = [x.detach().contiguous().requires_grad_() for x in tensors]
     if sink is not None:
         leaves.append(sink.detach().requires_grad_())
-    out, lse = reference.attention(*leaves[:3], sink=leaves[3] if sink is not None else None, **options._asdict())
+    named = {"sink": leaves[3] if sink is not None else None, "attn_mask": attn_mask, **options._asdict()}
+    out, lse = reference.attention(*leaves[:3], **named)
     error = (dout.to(out.dtype) * (out.to(dtype).to(out.dtype) - out)).sum(-1).detach()
     grads = torch.autograd.grad(lse, leaves, -error.to(lse.dtype), allow_unused=True)
     return tuple(torch.zeros_like(x) if g is None else g.nan_to_num() for x, g in zip(leaves, grads, strict=True))

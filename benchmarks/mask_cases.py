@@ -207,13 +207,23 @@ def _poison(mask: Tensor, key: Tensor) -> None:
     key.masked_fill_(hidden[:, None, :, None], math.nan)
 
 
-def gate(num_cases: int, seed: int, most_failures: int = 10) -> dict[str, Any]:
+RULE = "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|) where ref > -1e5"
+
+
+def gate(
+    num_cases: int,
+    seed: int,
+    most_failures: int = 10,
+    draw: Callable[[int, int], MaskedCase] = random_masked_case,
+    judge: Callable[[MaskedCase, int, int], Outcome] = check,
+    rule: str = RULE,
+) -> dict[str, Any]:
     """Check ``num_cases`` random cases; stops after ``most_failures`` that fail."""
     torch.backends.cuda.matmul.allow_tf32 = False
     failures, ratios, errors_lse = [], [], []
     for index in range(num_cases):
-        masked = random_masked_case(seed, index)
-        outcome = check(masked, seed, index)
+        masked = draw(seed, index)
+        outcome = judge(masked, seed, index)
         ratios.append(outcome.error / outcome.bound if outcome.bound else 0.0)
         errors_lse.append(outcome.error_lse)
         if outcome.message:
@@ -222,7 +232,7 @@ def gate(num_cases: int, seed: int, most_failures: int = 10) -> dict[str, Any]:
         if len(failures) == most_failures:
             break
     return {
-        "rule": "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|) where ref > -1e5",
+        "rule": rule,
         "cases": len(ratios),
         "seed": seed,
         "failed": len(failures),
@@ -233,21 +243,22 @@ def gate(num_cases: int, seed: int, most_failures: int = 10) -> dict[str, Any]:
     }
 
 
-def spec_of(case: Case, dtype: str) -> AttentionSpec:
+def spec_of(case: Case, dtype: str | None, needs_grad: bool = False) -> AttentionSpec:
     """A masked call as the router sees it."""
     options = case.options
     return AttentionSpec(
         torch.bfloat16 if case.dtype == "bf16" else torch.float16,
         *(case.batch, case.heads, case.heads_kv, case.seqlen_q, case.seqlen_k, case.head_dim, case.head_dim_v),
         is_causal=options.is_causal,
-        mask=mask_kind(DTYPES[dtype]),
+        needs_grad=needs_grad,
+        mask=mask_kind(DTYPES[dtype] if dtype else None),
         window=options.window_left is not None or options.window_right is not None,
         softcap=options.softcap,
         sink=case.sink,
     )
 
 
-def keys_of(cases: Iterable[tuple[Case, str]], target: Target = H100) -> list[KernelKey]:
-    """The kernels that cases with a mask of a dtype launch on ``target``."""
-    keys = {key for case, dtype in cases for key in launch.keys(spec_of(case, dtype), target)}
+def keys_of(cases: Iterable[tuple[Case, str]], target: Target = H100, needs_grad: bool = False) -> list[KernelKey]:
+    """The kernels that cases with a mask of a dtype launch on ``target``, with gradients their backwards' too."""
+    keys = {key for case, dtype in cases for key in launch.keys(spec_of(case, dtype, needs_grad), target)}
     return sorted(keys, key=lambda key: key.name)

@@ -2,14 +2,16 @@
 
     python benchmarks/sm90_masks.py --cases 3000 --out benchmarks/results/sm90_masks_h100.json
 
+``--training`` does the same for forward and backward together, and the numerics of the backward.
 ``--list-keys`` prints the kernels that a bundle must hold to run the same command line where there is no compiler.
 
-Numerics: mask_cases.py has the rule. A failing case ends the run with status 1 before anything is timed.
+Numerics: mask_cases.py has the rule, mask_backward_cases.py that of the backward. A failing case ends the run with
+status 1 before anything is timed.
 
 Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, 2048 // d heads; contenders take turns
 as in sm90_forward.py, and each round is do_bench's median (L2 flushed before each call). TFLOP/s from all flops,
-4·B·H·S²·D, whatever the mask hides. "ours" reuses what it prepared of the mask, as the layers of a model do, "ours,
-fresh" prepares it in every call. The ratio is the best peer's time over ours.
+4·B·H·S²·D, in training 14, whatever the mask hides. "ours" reuses what it prepared of the mask, as the layers of a
+model do, "ours, fresh" prepares it in every call. The ratio is the best peer's time over ours.
 
     padding     (B, 1, 1, S) bool, lengths evenly from S / 2 to S
     triangle    (1, 1, S, S) bool, and the same in bf16 with -inf
@@ -20,6 +22,7 @@ fresh" prepares it in every call. The ratio is the best peer's time over ours.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import sys
@@ -33,15 +36,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import forward_cases  # noqa: E402
-from forward_cases import Case, inputs  # noqa: E402
-from mask_cases import gate, keys_of, random_masked_case  # noqa: E402
+from forward_cases import H100, Case, inputs  # noqa: E402
+from mask_backward_cases import RULE, check_backward, random_backward_case  # noqa: E402
+from mask_cases import RULE as FORWARD_RULE  # noqa: E402
+from mask_cases import check, gate, keys_of, random_masked_case, spec_of  # noqa: E402
 from provenance import save  # noqa: E402
 from sm90_forward import TOKENS, Run, bench_ms  # noqa: E402
 
 from fa_sdpa.bench.contenders import brief  # noqa: E402
 from fa_sdpa.kernels import launch, masks  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
+from fa_sdpa.ops.attention import attention_fwd  # noqa: E402
 
 MASKS = {"padding": "bool", "triangle": "bool", "triangle, bf16": "bf16", "random": "bool", "bias": "bf16"}
 PEERS = {"torch": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -106,10 +111,34 @@ def contenders(mask: Tensor) -> dict[str, Run]:
     return {"ours": ours, "ours, fresh": fresh, "ours, no mask": unmasked, **peers}
 
 
-def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
+def trainers(mask: Tensor, dout: Tensor) -> dict[str, Run]:
+    """The same for out and gradients, through autograd; all of them in one tensor would be a copy, so dK alone."""
+
+    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention_fwd(query, key, value, attn_mask=mask)[0]
+
+    def unmasked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return attention_fwd(query, key, value)[0]
+
+    def train(forward: Run, keeps: bool = False) -> Run:
+        def call(*tensors: Tensor) -> Tensor:
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            with masks.in_eager_mode() if keeps else contextlib.nullcontext():
+                out = forward(*leaves)
+            return torch.autograd.grad(out, leaves, dout)[1]
+
+        return call
+
+    forwards = contenders(mask)
+    peers = {name: train(forwards[name]) for name in PEERS}
+    return {"ours": train(ours, True), "ours, fresh": train(ours), "ours, no mask": train(unmasked), **peers}
+
+
+def measure(cell: Cell, chosen: list[str], training: bool) -> dict[str, Any]:
     """A cell's row, with these peers."""
     tensors, mask = inputs(cell.case)[:3], cell.make()
-    runs: dict[str, Run] = {name: run for name, run in contenders(mask).items() if name not in PEERS or name in chosen}
+    found = trainers(mask, torch.randn_like(tensors[0])) if training else contenders(mask)
+    runs: dict[str, Run] = {name: run for name, run in found.items() if name not in PEERS or name in chosen}
     refused = {}
     expected = runs["ours"](*tensors)
     for name in chosen:
@@ -127,7 +156,8 @@ def measure(cell: Cell, chosen: list[str]) -> dict[str, Any]:
         **cell._asdict(),
     }
     row |= dict.fromkeys(("ours", "ours, fresh", "ours, no mask", *PEERS))
-    row |= {name: round(cell.flops / ms / 1e9, 1) for name, ms in bench_ms(runs, [tensors]).items()}
+    flops = cell.flops * (3.5 if training else 1.0)
+    row |= {name: round(flops / ms / 1e9, 1) for name, ms in bench_ms(runs, [tensors]).items()}
     peers = [row[name] for name in PEERS if row[name]]
     row["ratio"] = round(row["ours"] / max(peers), 4) if peers else None
     return row | ({"refused": refused} if refused else {})
@@ -157,21 +187,26 @@ def main() -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--no-cells", action="store_true", help="time nothing")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="what to compare with")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
+    draw, judged = (random_backward_case, check_backward) if args.training else (random_masked_case, check)
     if args.list_keys:
-        cases = [random_masked_case(args.seed, index) for index in range(args.cases)]
+        cases = [draw(args.seed, index) for index in range(args.cases)]
         calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in CELLS)]
-        plain = forward_cases.keys_of(cell.case for cell in CELLS)
-        return print("\n".join(key.name for key in [*keys_of(calls), *plain]))
+        plain = {key for cell in CELLS for key in launch.keys(spec_of(cell.case, None, args.training), H100)}
+        keys = [*keys_of(calls, needs_grad=args.training), *sorted(plain, key=lambda key: key.name)]
+        return print("\n".join(key.name for key in keys))
     about: dict[str, Any] = {"numerics": None}
     if args.cases:
-        about["numerics"] = gate(args.cases, args.seed)
+        about["numerics"] = gate(
+            args.cases, args.seed, draw=draw, judge=judged, rule=RULE if args.training else FORWARD_RULE
+        )
         print(f"numerics: {about['numerics']}", flush=True)
     failed = args.cases and about["numerics"]["failed"]
-    rows = [] if failed or args.no_cells else [measure(cell, args.peers) for cell in CELLS]
+    rows = [] if failed or args.no_cells else [measure(cell, args.peers, args.training) for cell in CELLS]
     if rows:
         about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
         print(tables(rows))

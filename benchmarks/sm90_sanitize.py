@@ -50,7 +50,7 @@ CONTROL = Path(__file__).with_name("racecheck_control.cu")
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
-DIRECTIONS = ("forward", "backward", "masked")  # the last is the forward with an attn_mask
+DIRECTIONS = ("forward", "backward", "masked", "masked backward")  # masked: the forward with an attn_mask
 
 
 def code_path(key: KernelKey) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ def code_path(key: KernelKey) -> tuple[Any, ...]:
     from fa_sdpa.kernels.sm90.config import BackwardConfig, ForwardConfig
 
     if key.direction == "mask":
-        return key.direction, key.dtype == "bool", key.tile_m
+        return key.direction, key.dtype == "bool", key.tile_m, key.transposed
     config_class = ForwardConfig if key.direction == "forward" else BackwardConfig
     config = config_class(**{field.name: getattr(key, field.name) for field in dataclasses.fields(config_class)})
     choices = {name: getattr(config, name) for name, kind in vars(config_class).items() if isinstance(kind, property)}
@@ -212,10 +212,44 @@ def masked_cases() -> list[tuple[MaskedCase, int]]:
     return [(masked, 3) for masked in (*hidden, *biased, *optional)]
 
 
+def masked_backward_cases() -> list[tuple[MaskedCase, int]]:
+    """The same for the backward with a mask."""
+    from forward_cases import Case
+    from mask_cases import MaskedCase
+
+    from fa_sdpa.meta.spec import Options
+
+    causal, window, capped = Options(is_causal=True), Options(window_left=150, window_right=30), Options(softcap=30.0)
+    hidden = [
+        MaskedCase(Case("bf16", d, dv, 2, 4, 2, q, k, options), "bool", content, broadcast=broadcast, layout=layout)
+        for d, dv in ((64, 64), (80, 80), (128, 128), (192, 128), (256, 256))
+        for q, k, options, content, broadcast, layout in (
+            (300, 500, Options(), "both", "....", "plain"),
+            (300, 400, causal, "padding", ".11.", "shifted"),
+            (129, 400, window, "random", ".1..", "strided"),
+            (300, 400, capped, "blocks", "..1.", "plain"),
+            (70, 100, Options(), "nothing", "11..", "expanded"),
+        )
+    ]
+    biased = [
+        MaskedCase(Case("bf16", d, dv, 1, 4, 2, q, k, options), dtype, content, fill, bias, broadcast, "roomy")
+        for d, dv in ((64, 64), (80, 80), (128, 128), (192, 128))
+        for dtype in ("bf16", "fp32")
+        for q, k, options, content, fill, bias, broadcast in (
+            (300, 512, Options(), "both", -math.inf, "normal", "...."),
+            (300, 512, Options(), "blocks", "lowest", "none", "1..."),
+            (129, 256, causal, "random", -math.inf, "slopes", "1.1."),
+            (300, 400, capped, "random", -math.inf, "normal", ".1.."),
+        )
+    ]
+    return [(masked, 3) for masked in (*hidden, *biased)]
+
+
 CASES: dict[str, Callable[[], Sequence[tuple[Any, int]]]] = {
     "forward": forward_cases,
     "backward": backward_cases,
     "masked": masked_cases,
+    "masked backward": masked_backward_cases,
 }
 
 
@@ -227,8 +261,9 @@ def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
     from mask_cases import keys_of as mask_keys_of
 
     def launched(direction: str, case: Any, target: Target) -> list[KernelKey]:
-        if direction == "masked":
-            return mask_keys_of([(case.case, case.dtype)], target)
+        if direction.startswith("masked"):
+            found = mask_keys_of([(case.case, case.dtype)], target, needs_grad=direction != "masked")
+            return found if direction == "masked" else [x for x in found if x.direction == "backward" or x.transposed]
         if direction == "forward":
             return keys_of([case], target)
         return backward_keys_of([Drawn(case, "as_out", end_to_end=False)], target)
@@ -324,10 +359,38 @@ def verify_masked(masked: MaskedCase, num_sms: int) -> None:
     assert (out.cpu().float() - ref).abs().max().item() < 0.05 * ref.abs().max().item() + 1e-6, masked
 
 
+def verify_masked_backward(masked: MaskedCase, num_sms: int) -> None:
+    """As ``verify_backward``."""
+    import torch
+    from backward_cases import math_grads
+    from forward_cases import H100, inputs, on_target
+    from mask_cases import make_mask
+
+    from fa_sdpa.kernels import launch
+
+    case = masked.case
+    query, key, value, _ = inputs(case, source="cpu")
+    mask = make_mask(masked, "cpu")
+    wide = [x.cpu().float() for x in (query, key, value)]
+    dout = torch.randn(*query.shape[:3], case.head_dim_v).to(query.dtype)
+    wide_mask = mask.cpu() if mask.dtype is torch.bool else mask.cpu().float()
+    refs, out, lse = math_grads(wide, dout, None, case.options, wide_mask)
+    lse = lse.clamp(min=-(2.0**18))  # as the forward cuts it off
+    lse = lse.masked_fill((out == 0).all(-1), -math.inf)
+    arguments = (dout.cuda(), query, key, value, out.to(query.dtype).cuda(), lse.cuda(), case.options, mask)
+    launch.attention_bwd(*arguments)
+    with on_target(H100._replace(num_sms=num_sms)):
+        grads = launch.attention_bwd(*arguments)
+    for name, grad, ref in zip(("dq", "dk", "dv"), grads, refs, strict=True):
+        off = (grad.cpu().float() - ref).abs().max().item()
+        assert off < 0.05 * ref.abs().max().item() + 1e-2, (name, off, masked)
+
+
 VERIFY: dict[str, Callable[[Any, int], None]] = {
     "forward": verify_forward,
     "backward": verify_backward,
     "masked": verify_masked,
+    "masked backward": verify_masked_backward,
 }
 
 
@@ -349,7 +412,8 @@ def run_control(direction: str) -> None:
     else:
         dout, out = (torch.randn(query.shape).to(query.dtype).cuda() for _ in range(2))
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cuda")
-        launch.attention_bwd(dout, query, key, value, out, lse, case.options)
+        mask = torch.ones(300, 400, dtype=torch.bool).cuda() if direction == "masked backward" else None
+        launch.attention_bwd(dout, query, key, value, out, lse, case.options, mask)
     torch.cuda.synchronize()
 
 

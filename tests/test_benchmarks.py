@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import backward_cases  # noqa: E402
 import forward_cases  # noqa: E402
+import mask_backward_cases  # noqa: E402
 import mask_cases  # noqa: E402
 import sm90_backward  # noqa: E402
 import sm90_forward  # noqa: E402
@@ -216,6 +217,15 @@ def test_random_masked_cases_cover_kinds_of_masks_and_launch_known_kernels():
         assert {getattr(masked, field) for masked in drawn} == set(values)
     assert any(masked.case.heads != masked.case.heads_kv and masked.case.seqlen_q == 1 for masked in drawn)
     assert {key.direction for key in mask_cases.keys_of((m.case, m.dtype) for m in drawn)} == {"forward", "mask"}
+
+
+def test_random_masked_backwards_have_kernels():
+    drawn = [mask_backward_cases.random_backward_case(0, index) for index in range(500)]
+    assert drawn[:50] == [mask_backward_cases.random_backward_case(0, index) for index in range(50)]
+    assert {masked.dtype for masked in drawn} == set(mask_cases.DTYPES)
+    keys = mask_cases.keys_of(((m.case, m.dtype) for m in drawn), needs_grad=True)
+    assert {key.attn_mask for key in keys if key.direction == "backward"} == set(mask_cases.DTYPES)
+    assert {key.direction for key in keys} == {"forward", "backward", "mask"}
 
 
 @pytest.mark.parametrize("layout", mask_cases.LAYOUTS)

@@ -29,6 +29,7 @@ import backward_cases  # noqa: E402
 import mask_cases  # noqa: E402
 import sm90_sanitize  # noqa: E402
 from forward_cases import BREADTH, H100, Case, keys_of, random_case  # noqa: E402
+from mask_backward_cases import random_backward_case  # noqa: E402
 from mask_cases import random_masked_case  # noqa: E402
 
 COMPILE_ALL = bool(os.environ.get("FA_SDPA_COMPILE_ALL"))  # make compile-all: every head dim with every option
@@ -108,7 +109,32 @@ MASKED = [  # biases take the most registers where O does
     ),
     *(config.mask_key(mask, *tile) for mask in ("bool", "fp16", "fp32") for tile in ((128, 128), (64, 64), (128, 80))),
 ]
-KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD, *MASKED)))
+MASKED_BACKWARD = [  # each split of the work, biases beside the most registers and in the least shared memory
+    *(
+        config.backward_key(dtype, head_dim, head_dim_v, False, softcap=softcap, attn_mask=mask)
+        for dtype, head_dim, head_dim_v, softcap, masks in (
+            (torch.bfloat16, 64, 64, False, ("bool", "bf16", "fp32")),
+            (torch.float16, 64, 64, True, ("bool", "fp16", "fp32")),
+            (torch.bfloat16, 80, 80, True, ("bool", "bf16", "fp32")),
+            (torch.bfloat16, 96, 96, False, ("bool", "bf16", "fp32")),
+            (torch.bfloat16, 96, 96, True, ("bool", "bf16", "fp32")),
+            (torch.float16, 128, 128, False, ("bool", "fp16", "fp32")),
+            (torch.bfloat16, 128, 128, True, ("bool", "bf16", "fp32")),
+            (torch.bfloat16, 192, 64, False, ("bool", "bf16")),
+            (torch.bfloat16, 192, 128, False, ("bool", "bf16", "fp32")),
+            (torch.bfloat16, 192, 192, True, ("bool", "bf16", "fp32")),
+            (torch.bfloat16, 256, 256, True, ("bool",)),
+        )
+        for mask in masks
+    ),
+    *(
+        config.mask_key(mask, *tile, transposed=True)
+        for mask in ("bool", "fp16", "fp32")
+        for tile in ((128, 128), (64, 128), (64, 64))
+        if mask == "bool" or tile != (128, 128)
+    ),
+]
+KEYS = tuple(dict.fromkeys((*config.all_keys(), *keys_of(calls()), *BACKWARD, *MASKED, *MASKED_BACKWARD)))
 
 
 def spec(**changes: object) -> AttentionSpec:
@@ -157,7 +183,8 @@ def test_key_names_are_distinct_and_parse_back():
         {"window": True, "is_causal": True},
         {"attn_mask": "int8"},
         {"attn_mask": "bool", "is_causal": True},
-        {"attn_mask": "bool", "direction": "backward"},
+        {"attn_mask": "bool", "direction": "backward", "deterministic": True},
+        {"transposed": True},
         {"sink": True, "direction": "backward"},
         {"deterministic": True},
     ],
@@ -532,13 +559,48 @@ def test_a_mask_is_prepared_whatever_the_head_dims():
 @pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
 def test_forwards_with_a_mask_are_supported(mask):
     assert kernels.unsupported(spec(mask=mask), H100) == ()
-    assert [reason.code for reason in kernels.unsupported(spec(mask=mask, needs_grad=True), H100)] == ["attn_mask"]
     assert [reason.code for reason in kernels.unsupported(spec(mask="fp16"), H100)] == ["attn_mask"]
     for change in ({}, {"is_causal": True}, {"seqlen_q": 1}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
         forward, preparation = launch.keys(spec(mask=mask, **change), H100)
         assert (forward.direction, forward.attn_mask, preparation.direction) == ("forward", mask, "mask")
         assert (preparation.dtype, preparation.tile_m, preparation.tile_n) == (mask, forward.tile_m, forward.tile_n)
     assert len(launch.keys(spec(mask=mask), H100, any_size=True)) == 4
+
+
+@pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
+def test_backwards_with_a_mask_are_supported(mask):
+    call = spec(mask=mask, needs_grad=True)
+    for dims in ((64, 64), (8, 8), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)):
+        for softcap in (0.0, 30.0):
+            wanted = call._replace(head_dim=dims[0], head_dim_v=dims[1], softcap=softcap)
+            reasons = kernels.unsupported(wanted, H100)
+            assert [reason.code for reason in reasons] == ["attn_mask"] * (dims == (256, 256) and mask != "bool")
+    reasons = kernels.unsupported(call._replace(deterministic=True), H100)
+    assert [reason.code for reason in reasons] == ["attn_mask"] and "deterministic" in reasons[0].text
+    for change in ({}, {"is_causal": True}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
+        forward, first, backward, second = launch.keys(spec(mask=mask, needs_grad=True, **change), H100)
+        assert (forward.direction, backward.direction) == ("forward", "backward")
+        assert backward.attn_mask == mask and not backward.is_causal and not backward.window
+        assert first == config.mask_key(mask, forward.tile_m, forward.tile_n)
+        assert second == config.mask_key(mask, backward.tile_m, backward.tile_n, transposed=True)
+
+
+@pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
+def test_masked_backward_tiles_have_room_for_the_mask(mask):
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            for softcap in (False, True):
+                try:
+                    chosen = config.backward_config(head_dim, head_dim_v, softcap, mask)
+                except ValueError:
+                    assert mask != "bool" and head_dim > 192 and head_dim_v > 192
+                    continue
+                plain = config.BackwardConfig(head_dim, head_dim_v, chosen.tile_m, chosen.tile_n, 2)
+                bias = chosen.tile_m * chosen.tile_n * {"bool": 0, "bf16": 2, "fp32": 4}[mask]
+                assert chosen.mask_bytes == 32 * chosen.tile_n + bias and chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                assert chosen.stages_dq or chosen.has_dq_warpgroup
+                if chosen.stages_dq:
+                    assert chosen.smem_bytes == plain.smem_bytes + chosen.mask_bytes
 
 
 def test_refusal_lists_every_reason():
@@ -718,6 +780,8 @@ def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     sanitized = {sm90_sanitize.code_path(key) for key in sm90_sanitize.keys()}
     masked = map(random_masked_case, itertools.repeat(0), range(3000))
     masked_keys = mask_cases.keys_of((masked_case.case, masked_case.dtype) for masked_case in masked)
+    trained = map(random_backward_case, itertools.repeat(0), range(3000))
+    masked_keys += mask_cases.keys_of(((each.case, each.dtype) for each in trained), needs_grad=True)
     missing = [key.name for key in (*forward, *backward, *masked_keys) if sm90_sanitize.code_path(key) not in sanitized]
     assert missing == []
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa_sdpa
 from fa_sdpa import reference
 from fa_sdpa.kernels import masks
-from fa_sdpa.kernels.sm90.config import LIST_HEADER
+from fa_sdpa.kernels.sm90.config import LIST_ENDS, LIST_HEADER
 from fa_sdpa.meta.spec import AttentionSpec, mask_kind
 
 fwd = torch.ops.fa4.attention_fwd
@@ -413,3 +413,85 @@ def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layo
     in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
     if rows > 1 or layout == "plain":
         assert (pairs.data_ptr() == mask.data_ptr()) == in_place
+
+
+# ---- the same for a backward -----------------------------------------------------------------------------------------
+
+BACKWARD_TILES = masks.Tiles(2, 4, 300, 500, None, None, 64, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "sizes", "heads_of_lists"),
+    [
+        (torch.ones(1, 1, 1, 500, dtype=torch.bool), (1, 1, 64), 1),
+        (torch.ones(2, 1, 1, 500, dtype=torch.bool).expand(2, 4, 300, 500), (2, 1, 64), 1),
+        (torch.ones(1, 4, 300, 1), (1, 4, 300), 2),
+        (torch.ones(2, 4, 300, 500).bfloat16(), (2, 4, 300), 2),
+        (torch.ones(2, 4, 1, 500).bfloat16(), (2, 4, 64), 2),
+    ],
+    ids=["padding", "expanded", "columns", "full", "row"],
+)
+def test_a_backward_reads_and_writes_once_what_is_broadcast(preparations, mask, sizes, heads_of_lists):
+    launched, load = preparations
+    done = masks.prepared(mask, BACKWARD_TILES, load)
+    [(given, kinds, found, bits, all_kinds, lists, left, right)] = launched
+    is_bool, m_blocks = mask.dtype is torch.bool, -(-sizes[2] // 64)
+    assert given.shape == (*sizes, 500) and (found is None) == is_bool
+    assert kinds.shape == (*sizes[:2], m_blocks, 4) and all_kinds.shape == (*sizes[:2], 5, 4)
+    assert all_kinds.data_ptr() == kinds.data_ptr()
+    assert bits.shape == (*sizes[:2], 1 if is_bool else 2, m_blocks, 512, 4)
+    assert lists.shape == (sizes[0], heads_of_lists, 4, LIST_ENDS + 5)
+    assert is_bool or found.shape == (*kinds.shape, 4 * 4)
+    assert left < -300 and right > 500
+    assert done.lists.shape == (2, 2, 4, LIST_ENDS + 5) and done.lists.data_ptr() == lists.data_ptr()
+    assert done.bits.shape == (2, 4, 1 if is_bool else 2, 5, 512, 4) and done.bits.data_ptr() == bits.data_ptr()
+    if done.bias is not None:
+        assert done.bias.shape == (*sizes, 500)
+        torch.testing.assert_close(done.bias, mask.expand(-1, -1, sizes[2], 500))
+
+
+def test_a_backward_has_a_preparation_of_its_own(preparations):
+    launched, load = preparations
+    mask = torch.ones(2, 1, 300, 500, dtype=torch.bool)
+    forward = BACKWARD_TILES._replace(heads_kv=None)
+    with masks.in_eager_mode():
+        assert masks.is_in_eager_mode()
+        first = masks.prepared(mask, BACKWARD_TILES, load)
+        assert masks.prepared(mask, BACKWARD_TILES, load) is first
+        assert masks.prepared(mask, forward, load) is not first
+        assert masks.prepared(mask, BACKWARD_TILES._replace(heads_kv=4), load) is not first
+    assert [len(arguments) for arguments in launched] == [8, 7, 8] and not masks.is_in_eager_mode()
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("seqlen_k", [1, 7, 8, 16])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
+def test_a_backward_reads_biases_that_tma_can_address(seqlen_k, shift, layout, dtype, rows):
+    mask = torch.randn(2, 1, rows, seqlen_k + shift).to(dtype)[..., shift:]
+    mask = strided(mask, layout)
+    tiles = masks._for_tma(mask, seqlen_k, 64)
+    assert tiles.shape == (2, 1, 5 if rows == 5 else 64, seqlen_k) and tiles.stride(3) == 1 and tiles.stride(1) == 0
+    torch.testing.assert_close(tiles, mask.expand(-1, -1, tiles.size(2), -1))
+    unit = 16 // mask.element_size()
+    assert tiles.data_ptr() % 16 == 0 and not any(stride % unit for stride in tiles.stride()[:3])
+    in_place = layout == "plain" and not shift and seqlen_k % unit == 0 and rows == 5
+    assert (tiles.data_ptr() == mask.data_ptr()) == in_place
+
+
+def test_a_backward_node_keeps_the_mask_of_a_routed_call(monkeypatch):
+    """Which runs in a thread of its own on a GPU, so the call has to say that it was one."""
+    seen = []
+    original = fa_sdpa.ops.attention._gradients
+    monkeypatch.setattr(
+        fa_sdpa.ops.attention,
+        "_gradients",
+        lambda *arguments: seen.append(masks.is_in_eager_mode()) or original(*arguments),
+    )
+    mask = torch.rand(17, 19) < 0.5
+    out, _, leaves = call_with(mask, requires_grad=True)
+    torch.autograd.grad(out.sum(), leaves)
+    out, _ = fwd(*leaves, attn_mask=mask)
+    torch.autograd.grad(out.sum(), leaves)
+    assert seen == [True, False]

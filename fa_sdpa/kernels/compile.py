@@ -42,7 +42,9 @@ CLASSES = {  # of a family's modules
     "backward": "Backward",
     "forward_split": "SplitForward",
     "forward_masked": "MaskedForward",
+    "backward_masked": "MaskedBackward",
     "mask": "Mask",
+    "mask_transposed": "TransposedMask",
 }
 PACKAGES = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-core", "quack-kernels", "apache-tvm-ffi")
 
@@ -200,7 +202,7 @@ def _compile(key: KernelKey) -> Any:
     """Compile ``key``; needs no GPU. The result is callable and can be exported."""
     import cutlass.cute as cute
 
-    name = f"{key.direction}{'_split' * key.split}{'_masked' * bool(key.attn_mask)}"
+    name = key.direction + "_split" * key.split + "_masked" * bool(key.attn_mask) + "_transposed" * key.transposed
     module = importlib.import_module(f"{__package__}.{FAMILIES[key.arch]}.{name}")
     built = getattr(module, CLASSES[name])(key)
     return cute.compile(built, *module.example_arguments(key), options=OPTIONS.format(arch=GPU_ARCH[key.arch]))

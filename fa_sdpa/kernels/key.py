@@ -13,7 +13,7 @@ _NAME = re.compile(
     r"(?P<direction>[a-z]+)_sm(?P<arch>\d+)_(?P<dtype>[a-z0-9]+)_d(?P<head_dim>\d+)_dv(?P<head_dim_v>\d+)"
     r"_(?P<mask>full|causal|window)_m(?P<tile_m>\d+)_n(?P<tile_n>\d+)_s(?P<stages>\d+)"
     r"(?P<softcap>_softcap)?(?P<sink>_sink)?(?P<split>_split)?(?P<deterministic>_deterministic)?"
-    r"(?:_mask(?P<attn_mask>[a-z0-9]+))?"
+    r"(?P<transposed>_transposed)?(?:_mask(?P<attn_mask>[a-z0-9]+))?"
 )
 
 
@@ -21,7 +21,8 @@ _NAME = re.compile(
 class KernelKey:
     """One compiled kernel. Sizes other than head dims, strides and scale are arguments of the kernel, not of its code.
 
-    With direction "mask", kernels that prepare a mask of ``dtype`` for a forward of these tiles; its head dims are 0.
+    With direction "mask", kernels that prepare a mask of ``dtype`` for a forward of these tiles, or a backward; its
+    head dims are 0.
 
     Raises ValueError for a value that no kernel can have; what one family can run is its ``config``'s business.
     """
@@ -40,7 +41,8 @@ class KernelKey:
     sink: bool = False  # every row's softmax has one more score, an argument
     split: bool = False  # several CTAs share the keys of a tile, and their results are combined
     deterministic: bool = False  # the backward adds dq up in a fixed order
-    attn_mask: str = ""  # of MASK_DTYPES: the forward of calls with such a mask, whose tile lists and bits it gets
+    attn_mask: str = ""  # of MASK_DTYPES: for calls with such a mask, whose tile lists and bits the kernel gets
+    transposed: bool = False  # a mask is prepared for a backward, whose tiles are blocks of keys
 
     def __post_init__(self) -> None:
         if self.direction not in DIRECTIONS:
@@ -53,8 +55,10 @@ class KernelKey:
             raise ValueError("a mask is prepared whatever the head dims, is_causal and window: 0, False, and one stage")
         if self.attn_mask and self.attn_mask not in MASK_DTYPES:
             raise ValueError(f"{self.attn_mask=} must be one of {MASK_DTYPES}")
-        if self.attn_mask and (self.direction != "forward" or self.is_causal or self.window or self.split):
-            raise ValueError(f"{self.attn_mask=}: only a forward; its lists and bits stand for is_causal and window")
+        if self.attn_mask and (is_mask or self.is_causal or self.window or self.split or self.deterministic):
+            raise ValueError(f"{self.attn_mask=}: its lists and bits stand for is_causal and window; in no fixed order")
+        if self.transposed and not is_mask:
+            raise ValueError(f"{self.transposed=}: only a mask")
         for name in () if is_mask else ("head_dim", "head_dim_v"):
             if getattr(self, name) <= 0 or getattr(self, name) % 8:
                 raise ValueError(f"self.{name}={getattr(self, name)} must be a positive multiple of 8")
@@ -80,7 +84,7 @@ class KernelKey:
         return (
             f"{self.direction}_sm{self.arch}_{self.dtype}_d{self.head_dim}_dv{self.head_dim_v}_{mask}"
             f"_m{self.tile_m}_n{self.tile_n}_s{self.stages}{'_softcap' * self.softcap}{'_sink' * self.sink}"
-            f"{'_split' * self.split}{'_deterministic' * self.deterministic}"
+            f"{'_split' * self.split}{'_deterministic' * self.deterministic}{'_transposed' * self.transposed}"
             f"{f'_mask{self.attn_mask}' if self.attn_mask else ''}"
         )
 
@@ -94,6 +98,6 @@ class KernelKey:
         mask = values.pop("mask")
         values["is_causal"], values["window"] = mask == "causal", mask == "window"
         values["attn_mask"] = values["attn_mask"] or ""
-        for flag in ("softcap", "sink", "split", "deterministic"):
+        for flag in ("softcap", "sink", "split", "deterministic", "transposed"):
             values[flag] = bool(values[flag])
         return cls(**values)

@@ -36,6 +36,7 @@ class _BackwardPlan(NamedTuple):
     run: Kernel
     num_sms: int
     config: sm90.BackwardConfig
+    preparation: KernelKey | None = None  # with a mask
 
 
 class _MaskedPlan(NamedTuple):
@@ -46,19 +47,20 @@ class _MaskedPlan(NamedTuple):
     tile_m: int
     tile_n: int
 
-    def load_preparation(self) -> Kernel:
-        """The kernels that prepare the mask."""
-        found = _preparations.get(self.preparation)
-        if found is not None:
-            return found
-        loaded = kernel(self.preparation)
-        return first_launch(self.preparation, loaded, lambda: _preparations.update({self.preparation: loaded}))
-
 
 _plans: dict[tuple, _Plan] = {}
 _masked_plans: dict[tuple, _MaskedPlan] = {}
 _preparations: dict[KernelKey, Kernel] = {}
 _backward_plans: dict[tuple, _BackwardPlan] = {}
+
+
+def _load_preparation(preparation: KernelKey) -> Kernel:
+    """Kernels that prepare masks."""
+    found = _preparations.get(preparation)
+    if found is not None:
+        return found
+    loaded = kernel(preparation)
+    return first_launch(preparation, loaded, lambda: _preparations.update({preparation: loaded}))
 
 
 class _Launch(NamedTuple):
@@ -147,10 +149,15 @@ def _attend_masked(
     plan = _masked_plan(query.dtype, head_dim, head_dim_v, mask_kind(mask.dtype), tile, flags, query.get_device())
     _, unit, cap_factor = _scaling(options, head_dim)
     tiles = masks.Tiles(batch, heads, seqlen_q, seqlen_k, left, right, plan.tile_m, plan.tile_n)
-    done = masks.prepared(mask, tiles, plan.load_preparation)
-    biasing = (None, None) if done.bias is None else (1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit))))
+    done = masks.prepared(mask, tiles, lambda: _load_preparation(plan.preparation))
+    biasing = _biasing(done, unit)
     tensors = (_addressable(query), _addressable(key), _addressable(value), out, lse, *done)
     _run_on(query.get_device(), plan.run, (*tensors, unit * LOG2_E, num_sms, *biasing, cap_factor, sink))
+
+
+def _biasing(mask: masks.Prepared, unit: float) -> tuple[float | None, float | None]:
+    """bias_factor and bias_limit of a call whose scores are so many times what the kernel has of them."""
+    return (None, None) if mask.bias is None else (1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit))))
 
 
 def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
@@ -231,6 +238,7 @@ def attention_bwd(
         dout: gradient of out, any strides; copied first where TMA cannot address it.
         query, key, value, options: as ``attention_fwd`` got them.
         out, lse: as ``attention_fwd`` returned them.
+        attn_mask: as ``attention_fwd`` got it; gets no gradient.
 
     Returns:
         dq, dk, dv in the dtypes and memory layouts of query, key and value. The order in which dq's summands are added
@@ -239,14 +247,12 @@ def attention_bwd(
     Raises:
         ValueError: a head dim or scale that no kernel takes.
         KernelUnavailable: the kernel is in no bundle and cannot be compiled here.
-        NotImplementedError: an attn_mask.
+        NotImplementedError: an attn_mask in torch's deterministic mode.
     """
-    if attn_mask is not None:
-        raise NotImplementedError("the backward has no kernel for an attn_mask")
     if query.numel() == 0 or key.numel() == 0:
         dq, dk, dv = empty_grads(query, key, value)
         return dq.zero_(), dk.zero_(), dv.zero_()
-    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
+    run, elements, scalars, heads = _backward_launch_of(query, key, value, options, attn_mask)
     dq, dk, dv, scratch = _backward_memory(query, key, value, elements)
     grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
@@ -333,31 +339,44 @@ def _add_parts(parts: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 class _BackwardLaunch(NamedTuple):
-    """What follows from the sizes and options of a backward call."""
+    """What follows from the sizes, options and mask of a backward call."""
 
     run: Kernel
     scratch: int  # fp32 elements
-    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors, the mask's before them
     heads: int  # of dK and dV in the kernel; see config.backward_heads
 
 
-def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:
+def _backward_launch_of(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mask: Tensor | None = None
+) -> _BackwardLaunch:
     batch, heads, seqlen_q, head_dim = query.shape
     is_causal, left, right = _visible(options, seqlen_q, key.shape[2])
     deterministic = private.is_deterministic()
+    has_mask = attn_mask is not None
+    if has_mask and deterministic:
+        raise NotImplementedError("the backward with an attn_mask has no deterministic mode")
     flags = (left is not None, options.softcap > 0.0, deterministic)
-    wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, query.get_device())
+    kind = mask_kind(None if attn_mask is None else attn_mask.dtype)
+    wanted = (query.dtype, head_dim, value.shape[3], is_causal, flags, kind, query.get_device())
     plan = _backward_plans.get(wanted) or _make_backward_plan(*wanted)
     scale, unit, cap_factor = _scaling(options, head_dim)
     blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
-    is_masked = is_causal or left is not None
+    is_masked = is_causal or left is not None or has_mask
     summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
     turns = batch * summed * tiles if deterministic else 0
     size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, turns)
-    scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
-    return _BackwardLaunch(plan.run, size, scalars, summed)
+    if attn_mask is None or plan.preparation is None:
+        scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
+        return _BackwardLaunch(plan.run, size, scalars, summed)
+    preparation, bounds = plan.preparation, (left, 0 if is_causal else right)
+    sizes = (batch, heads, seqlen_q, key.shape[2], *bounds, plan.config.tile_m, plan.config.tile_n, summed)
+    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    done = masks.prepared(mask, masks.Tiles(*sizes), lambda: _load_preparation(preparation))
+    scaling = (scale, unit * LOG2_E, plan.num_sms, *schedule, *_biasing(done, unit), cap_factor)
+    return _BackwardLaunch(plan.run, size, (*done, *scaling), summed)
 
 
 def _scaling(options: Options, head_dim: int) -> tuple[float, float, float | None]:
@@ -401,16 +420,23 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
         flags = (window or is_causal, *flags[1:]) if has_mask else flags
         tiles = (_tile(head_dim, head_dim_v, is_causal and not has_mask, flags, *sizes, has_mask=has_mask).tile,)
+    needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles if not has_mask)
     if has_mask:
-        return tuple(
+        needed = tuple(
             key for tile in tiles for key in _masked_keys(spec.dtype, head_dim, head_dim_v, spec.mask, tile, flags)
         )
-    needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles)
     if not spec.needs_grad:
         return needed
-    options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic}
+    options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic, "attn_mask": spec.mask}
     backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, **options)
-    return (*needed, backward)
+    return (*needed, backward, *_transposed(backward))
+
+
+def _transposed(backward: KernelKey) -> tuple[KernelKey, ...]:
+    """What prepares the masks of a backward kernel, if it takes any."""
+    if not backward.attn_mask:
+        return ()
+    return (sm90.mask_key(backward.attn_mask, backward.tile_m, backward.tile_n, transposed=True),)
 
 
 class _Tiling(NamedTuple):
@@ -539,19 +565,25 @@ def _packed(query: Tensor, out: Tensor, lse: Tensor, heads_kv: int) -> tuple[Ten
 
 
 def _make_backward_plan(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, is_causal: bool, flags: tuple[bool, bool, bool], device: int
+    dtype: torch.dtype,
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    flags: tuple[bool, bool, bool],
+    attn_mask: MaskKind,
+    device: int,
 ) -> _BackwardPlan:
     target = Target.of(torch.device("cuda", device))
     if family_of(target) != "sm90" or dtype not in sm90.DTYPE_NAMES:
         raise ValueError(f"no backward kernel for {dtype} on {target.name} (arch {target.arch})")
     window, softcap, deterministic = flags
-    options = {"window": window, "softcap": softcap, "deterministic": deterministic}
+    options = {"window": window, "softcap": softcap, "deterministic": deterministic, "attn_mask": attn_mask}
     key = sm90.backward_key(dtype, head_dim, head_dim_v, is_causal, **options)
-    config = sm90.backward_config(head_dim, head_dim_v, softcap)
-    plan = _BackwardPlan(kernel(key), target.num_sms, config)
+    config = sm90.backward_config(head_dim, head_dim_v, softcap, attn_mask)
+    plan = _BackwardPlan(kernel(key), target.num_sms, config, next(iter(_transposed(key)), None))
 
     def keep() -> None:
-        _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, device] = plan
+        _backward_plans[dtype, head_dim, head_dim_v, is_causal, flags, attn_mask, device] = plan
 
     return plan._replace(run=first_launch(key, plan.run, keep))
 

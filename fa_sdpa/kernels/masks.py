@@ -1,4 +1,5 @@
-"""An attn_mask as the kernels take it: tile lists and bits (sm90/mask.py), made on the device and kept.
+"""An attn_mask as the kernels take it: tile lists and bits (sm90/mask.py, for the backward sm90/mask_transposed.py),
+made on the device and kept.
 
 A mask is the same if it is in the same storage, which has not been freed and not been written to since (torch's version
 counter), at the same place with the same sizes and strides, and is asked for on the same stream. Code that writes to
@@ -27,11 +28,12 @@ UNBOUNDED = 1 << 30  # of a window
 
 
 class Prepared(NamedTuple):
-    """A mask for one kernel's tiles, with strides of 0 where it is broadcast: see sm90/forward.py's TileMask."""
+    """A mask for one kernel's tiles, with strides of 0 where it is broadcast: see the TileMask of sm90/forward.py, or
+    of sm90/backward.py, whose shapes are given second."""
 
-    lists: Tensor  # (B, H, query blocks, HEADER + key blocks) int32
-    bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) int32
-    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) of the mask's dtype
+    lists: Tensor  # (B, H, query blocks, HEADER + key blocks) or (B, heads_kv, key blocks, ENDS + query blocks) int32
+    bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) or (B, H, 1 or 2, query blocks, keys, 4) int32
+    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) or as _for_tma has it, of the mask's dtype
 
 
 class Tiles(NamedTuple):
@@ -45,6 +47,7 @@ class Tiles(NamedTuple):
     right: int | None
     tile_m: int
     tile_n: int
+    heads_kv: int | None = None  # of a backward, in whose tiles the query heads of one of them share a list
 
 
 class _Eager(threading.local):
@@ -63,6 +66,11 @@ def in_eager_mode() -> Iterator[None]:
         yield
     finally:
         _eager.on = before
+
+
+def is_in_eager_mode() -> bool:
+    """Whether this is such a call."""
+    return _eager.on
 
 
 def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Prepared:
@@ -101,8 +109,10 @@ def forget() -> None:
 
 def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     """Launch the kernels that classify the tiles and make the lists; only metadata is looked at here."""
+    if tiles.heads_kv is not None:
+        return _prepare_transposed(attn_mask, tiles, tiles.heads_kv, run)
     mask = _once(attn_mask)
-    has_rows = mask.size(2) > 1 or tiles.left is not None or tiles.right is not None
+    has_rows = _has_rows(mask, tiles)
     batch, heads = mask.shape[:2]
     m_blocks = -(-tiles.seqlen_q // tiles.tile_m) if has_rows else 1
     n_blocks = -(-tiles.seqlen_k // tiles.tile_n)
@@ -117,9 +127,7 @@ def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     kinds = empty(batch, heads, m_blocks, n_blocks)
     found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.MASK_WARPS)
     whole = mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)
-    left = -UNBOUNDED if tiles.left is None else max(tiles.left, -UNBOUNDED)
-    right = UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
-    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, left, right)
+    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, *_bounds(tiles))
     all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m
     return Prepared(
         lists.expand(tiles.batch, tiles.heads, all_rows // tiles.tile_m, -1),
@@ -128,9 +136,49 @@ def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     )
 
 
+def _prepare_transposed(attn_mask: Tensor, tiles: Tiles, heads_kv: int, run: Kernel) -> Prepared:
+    """The same for a backward."""
+    mask = _once(attn_mask)
+    has_rows = _has_rows(mask, tiles)
+    batch, heads = mask.shape[:2]
+    all_m_blocks, n_blocks = -(-tiles.seqlen_q // tiles.tile_m), -(-tiles.seqlen_k // tiles.tile_n)
+    m_blocks, rows = (all_m_blocks, tiles.seqlen_q) if has_rows else (1, tiles.tile_m)
+    is_bool = mask.dtype is torch.bool
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int32, device=mask.device)
+
+    lists = empty(batch, heads_kv if heads > 1 else 1, n_blocks, sm90.LIST_ENDS + all_m_blocks)
+    bits = empty(batch, heads, 1 if is_bool else 2, m_blocks, n_blocks * tiles.tile_n, 4)
+    kinds = empty(batch, heads, m_blocks, n_blocks)
+    words = tiles.tile_m // sm90.MASK_ROWS * (tiles.tile_n // 32)
+    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, words)
+    whole = mask.expand(-1, -1, rows, tiles.seqlen_k)
+    all_kinds = kinds.expand(-1, -1, all_m_blocks, -1)
+    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, all_kinds, lists, *_bounds(tiles))
+    return Prepared(
+        lists.expand(tiles.batch, heads_kv, -1, -1),
+        bits.expand(tiles.batch, tiles.heads, -1, all_m_blocks, -1, -1),
+        _bias(attn_mask, tiles),
+    )
+
+
+def _has_rows(mask: Tensor, tiles: Tiles) -> bool:
+    """Whether rows differ."""
+    return mask.size(2) > 1 or tiles.left is not None or tiles.right is not None
+
+
+def _bounds(tiles: Tiles) -> tuple[int, int]:
+    """left and right as the kernels take them."""
+    left = -UNBOUNDED if tiles.left is None else max(tiles.left, -UNBOUNDED)
+    return left, UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
+
+
 def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
     if attn_mask.dtype is torch.bool:
         return None
+    if tiles.heads_kv is not None:
+        return _for_tma(_once(attn_mask), tiles.seqlen_k, tiles.tile_m)
     keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
     return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
 
@@ -158,3 +206,18 @@ def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
     copy[..., :seqlen_k] = mask
     strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]
     return copy.as_strided(copy.shape, (*strides, 1))
+
+
+def _for_tma(mask: Tensor, seqlen_k: int, tile_m: int) -> Tensor:
+    """``mask`` as the backward reads it: (1 | B, 1 | H, Sq, seqlen_k), tile_m rows if all are the same, its address and
+    strides multiples of 16 bytes, 0 where a size is 1. A view of itself, or a copy."""
+    unit = 16 // mask.element_size()
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides[:3])
+    if mask.size(2) > 1 and strides[3] == 1 and is_aligned:
+        return mask.as_strided(mask.shape, strides)
+    rows = mask.size(2) if mask.size(2) > 1 else tile_m
+    copy = mask.new_empty((*mask.shape[:2], rows, -(-seqlen_k // unit) * unit))[..., :seqlen_k]
+    copy.copy_(mask.expand(-1, -1, rows, seqlen_k))
+    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:2], copy.stride()[:2], strict=True)]
+    return copy.as_strided(copy.shape, (*strides, copy.stride(2), 1))

@@ -12,6 +12,7 @@ op's host time and drops forward-mode tangents without a word.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from .. import _torch_private as private
 from .. import kernels
 from ..alike import Alike, Memory, never
-from ..kernels import jit, launch
+from ..kernels import jit, launch, masks
 from ..kernels.cpu import attention as cpu
 from ..meta import shapes
 from ..meta.spec import AttentionSpec, Options, mask_kind
@@ -336,7 +337,7 @@ class _Attention(torch.autograd.Function):
         with private.below_autograd():
             out, lse = _fwd(query, key, value, attn_mask=attn_mask, sink=sink, **kwargs)
         ctx.save_for_backward(query, key, value, out, lse, attn_mask, sink)
-        ctx.kwargs = kwargs
+        ctx.kwargs, ctx.in_eager_mode = kwargs, masks.is_in_eager_mode()
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -346,7 +347,8 @@ class _Attention(torch.autograd.Function):
         if dout is None:
             return (None,) * 6
         query, key, value, out, lse, attn_mask, sink = ctx.saved_tensors
-        dq, dk, dv = _gradients(ctx.kwargs, attn_mask, dout, query, key, value, out, lse)
+        with masks.in_eager_mode() if ctx.in_eager_mode else contextlib.nullcontext():
+            dq, dk, dv = _gradients(ctx.kwargs, attn_mask, dout, query, key, value, out, lse)
         dsink = None
         if ctx.needs_input_grad[4]:  # its value is 0, so dP − Σ dO∘O is −Σ dO∘O
             p = torch.exp(sink.to(lse.dtype)[:, None] - lse)

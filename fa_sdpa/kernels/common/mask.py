@@ -41,12 +41,12 @@ def mask_left(
 
 
 @cute.jit
-def mask_bits(acc_S: cute.Tensor, words: cute.Tensor) -> None:
+def mask_bits(acc_S: cute.Tensor, words: cute.Tensor, fill: cutlass.Constexpr[float] = -math.inf) -> None:
     """Mask the columns whose bits are 0; ``words`` has one Int32 for each row of this thread, a bit for each column."""
     scores = rows_by_columns(acc_S)
     for r in cutlass.range_constexpr(cute.size(words)):
         for c in cutlass.range_constexpr(cute.size(scores, mode=[1])):
-            scores[r, c] = scores[r, c] if words[r] >> c & 1 != 0 else -Float32.inf
+            scores[r, c] = scores[r, c] if words[r] >> c & 1 != 0 else Float32(fill)
 
 
 @cute.jit

@@ -69,6 +69,7 @@ Static options of a key, whose values are arguments (Scoring):
     window        row i sees the keys i + left … i + right; query blocks outside are skipped on both sides
     softcap       s becomes cap · t, t = tanh(s · softmax_scale / cap), c = log2(e), and ds_ij gets a factor of 1 - t²
     deterministic tiles add to a block in falling order, one after the other (backward_turns.py; no argument)
+    attn_mask     tiles visit the blocks that a list names (backward_masked.py)
 A sink is part of lse and needs nothing here.
 
 Constraints: 16-bit Q, K, V, O, dO; head_dim and head_dim_v multiples of 8 up to 256; contiguous last dimension, other
@@ -111,6 +112,7 @@ from .backward_short import ShortTiles
 from .backward_turns import FILLING, TURN, Turns
 from .backward_units import RowUnits
 from .config import BackwardConfig, round_up
+from .mask import DTYPES as MASK_DTYPES
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
@@ -127,6 +129,7 @@ class Pipelines(NamedTuple):
     p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
     p_empty: cute.Pointer | None
     units: Queue
+    bias: pipeline.PipelineTmaAsync | None  # of one stage, where a mask has biases
 
 
 class Smem(NamedTuple):
@@ -142,6 +145,8 @@ class Smem(NamedTuple):
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2, stages_dq) fp32, where there is room
     sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
     o: cute.Tensor  # (tile_m, width_v, stages); where there is no room for it, where dO is
+    bits: cute.Tensor | None  # (4, tile_n, stages) Int32 of a mask
+    bias: cute.Tensor | None  # (tile_m, tile_n, 1) of a mask's dtype
 
 
 class Layouts(NamedTuple):
@@ -152,6 +157,7 @@ class Layouts(NamedTuple):
     scores: cute.ComposedLayout
     dk: cute.ComposedLayout  # (64, columns, 1), in dQ's place
     dv: cute.ComposedLayout
+    bias: cute.ComposedLayout | None
 
 
 class Gmem(NamedTuple):
@@ -166,6 +172,16 @@ class Gmem(NamedTuple):
     dv: cute.Tensor  # (s_k, dv, h_kv, b)
     dq: cute.Tensor  # (s_q, d, h, b) in memory
     lse: cute.Tensor  # (b, h, s_q) fp32 in memory
+    mask: "TileMask | None"
+
+
+class TileMask(NamedTuple):
+    """What an attn_mask leaves of each tile (mask_transposed.py); where it is broadcast, strides are 0."""
+
+    lists: cute.Tensor  # (b, h_kv, key blocks, LIST_ENDS + query blocks) Int32
+    bits: cute.Tensor  # (b, h, 1 or 2, query blocks, rows of all key blocks, 4) Int32
+    bias: cute.Tensor | None  # (s_q, s_k, h, b) TMA coordinates; sizes of what is broadcast are 1, or tile_m rows
+    bias_atom: cute.CopyAtom | None
 
 
 class Atoms(NamedTuple):
@@ -194,6 +210,8 @@ class Scoring(NamedTuple):
     scale_log2: Float32  # c
     window: Window | None
     cap_factor: Float32 | None  # 2 · log2(e) · softmax_scale / cap
+    bias_factor: Float32 | None = None  # from a bias to units of Q Kᵀ
+    bias_limit: Float32 | None = None  # beyond which biased scores are cut off
 
 
 class Operands(NamedTuple):
@@ -231,7 +249,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
-        config = BackwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+        config = BackwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages, key.attn_mask)
         self.dtype = DTYPES[key.dtype]
         self.tile_m, self.tile_n, self.stages = config.tile_m, config.tile_n, config.stages
         self.head_dim, self.head_dim_v = config.head_dim_mma, config.head_dim_v_mma
@@ -248,7 +266,9 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
         self.deterministic, self.adders, self.turn_warps = key.deterministic, config.adders, config.turn_warps
-        self.interleaved = key.is_causal or key.window or key.deterministic
+        self.has_mask, self.has_bias = bool(key.attn_mask), key.attn_mask not in ("", "bool")
+        self.bias_dtype = MASK_DTYPES[key.attn_mask] if self.has_bias else None
+        self.interleaved = key.is_causal or key.window or key.deterministic or self.has_mask
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
         *self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
@@ -262,6 +282,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
             dk=smem_layout(self.dtype, 64, self.head_dim, 1),
             dv=smem_layout(self.dtype, 64, self.head_dim_v, 1),
+            bias=smem_layout(self.bias_dtype, self.tile_m, self.tile_n, 1) if self.has_bias else None,
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
@@ -308,6 +329,11 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
             sP: cute.struct.Align[cute.struct.MemRange[self.dtype, self.p_stages * self.tile_m * self.tile_n], 1024]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
+            sBias: cute.struct.Align[
+                cute.struct.MemRange[self.bias_dtype or self.dtype, self.tile_m * self.tile_n * self.has_bias], 1024
+            ]
+            bits: cute.struct.MemRange[Int32, 4 * self.tile_n * self.stages * self.has_mask]
+            bias_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.has_bias]
 
         return SharedStorage
 
@@ -337,6 +363,30 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         cap_factor: Float32 | None,  # see Scoring
         stream,
     ):
+        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
+        scoring = Scoring(softmax_scale, softmax_scale_log2, window, cap_factor)
+        schedule = section, sections, ahead, lag, slots
+        self.launch(mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mScratch, scoring, num_sms, schedule, None, stream)
+
+    @cute.jit
+    def launch(
+        self,
+        mdO: cute.Tensor,  # as of __call__
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mdQ: cute.Tensor,
+        mdK: cute.Tensor,
+        mdV: cute.Tensor,
+        mScratch: cute.Tensor,
+        scoring: Scoring,
+        num_sms: Int32,
+        schedule: tuple[Int32, Int32, Int32, Int32, Int32],  # the last five of Order
+        mask: TileMask | None,
+        stream,
+    ) -> None:
         def s_d_h_b(tensor: cute.Tensor) -> cute.Tensor:
             return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, mode=[2, 3, 1, 0]))
 
@@ -362,6 +412,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         heads_dk = mdK.shape[1]  # a multiple of K's: then each head of K has as many groups of query heads
         group = heads // heads_dk
         groups, tiles = heads_dk * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        slots = schedule[4]
         scratch = split_scratch(
             mScratch,
             Int64(blocks * heads * batch),
@@ -376,15 +427,14 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             grid=[cute.ceil_div(cute.size(scratch.counters), THREADS), 1, 1], block=[THREADS, 1, 1], stream=stream
         )
         parts = cute.ceil_div(blocks * group, PART_BLOCKS)
-        window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
-            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ), mLSE),
+            Gmem(*(tensor for _, tensor in copies), s_d_h_b(mdQ), mLSE, mask),
             scratch,
-            Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
+            scoring,
             mmas,
             layouts,
-            Order(heads_dk, groups, tiles, parts, section, sections, ahead, lag, slots),
+            Order(heads_dk, groups, tiles, parts, *schedule),
             group,
         ).launch(
             grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
@@ -438,6 +488,8 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
                 cute.select(layouts.do.outer, mode=[0, 1]),
                 layouts.do.inner,
             ),
+            storage.bits.get_tensor(cute.make_layout((4, self.tile_n, self.stages))) if self.has_mask else None,
+            storage.sBias.get_tensor(layouts.bias.outer, swizzle=layouts.bias.inner) if self.has_bias else None,
         )
         width = self.dtype.width // 8
         # Warps that read K, V and both of Q and dO, that write dS and that read it.
@@ -461,6 +513,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
                 storage.units_empty.data_ptr(),
                 storage.turns.get_tensor(cute.make_layout(WARPS)),
             ),
+            self._bias_pipeline(storage.bias_barriers) if self.has_bias else None,
         )
         if warp_idx == 0:
             with cute.arch.elect_one():
@@ -543,6 +596,11 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             defer_sync=True,
         )
 
+    def _bias_pipeline(self, barriers) -> pipeline.PipelineTmaAsync:
+        """Of biases, to the warps that have S."""
+        warps = THREADS // 32 if self.splits_keys else WARPGROUP // 32
+        return self._pipeline(barriers, 1, self.tile_m * self.tile_n * self.bias_dtype.width // 8, warps)
+
     def _shared_p(self, buffer, scores: cute.ComposedLayout) -> cute.Tensor | None:
         """P as one warpgroup gives it to another: laid out as dS for WGMMA, or thread by thread."""
         if self.splits_keys:
@@ -571,8 +629,10 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         return group % heads, group // heads
 
     @cute.jit
-    def _query_blocks(self, n_block: Int32, gmem: Gmem, window: Window | None):
-        return query_blocks(n_block, gmem.q.shape[0], gmem.k.shape[0], self.tile_m, self.tile_n, self.is_causal, window)
+    def _query_blocks(self, unit: Unit, gmem: Gmem, window: Window | None):
+        """See query_blocks."""
+        seqlens = gmem.q.shape[0], gmem.k.shape[0]
+        return query_blocks(unit.index, *seqlens, self.tile_m, self.tile_n, self.is_causal, window)
 
     @cute.jit
     def load(
@@ -597,7 +657,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                start, _, _, end = self._query_blocks(unit, gmem, window)
                 head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
                 gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
@@ -639,6 +699,10 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             return end - 1 - left // qhead_per_kvhead
         return start + left // qhead_per_kvhead
 
+    def _in_list(self, index: Int32, unit: Unit, gmem: Gmem) -> Int32:
+        """The query block that a tile's list has there, where there are lists."""
+        return index
+
     @cute.jit
     def _masked(self, blocks: tuple[Int32, Int32, Int32, Int32], qhead_per_kvhead: Int32) -> tuple[Int32, Int32]:
         """How many visits are left of a tile after those at its beginning that need a mask, and how many need one at
@@ -677,7 +741,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         cute.arch.barrier_arrive(barrier_id=self._empty(wg, stage), number_of_threads=FILLING)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                start, _, _, end = self._query_blocks(unit, gmem, window)
                 self._await_slot(unit, order, gmem, scratch)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
@@ -729,6 +793,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         """Where dQ of that block goes in the ring."""
         blocks = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         m_block = self._visited((end - start) * qhead_per_kvhead - 1 - index, start, end, qhead_per_kvhead)
+        m_block = self._in_list(m_block, unit, gmem)
         return Int64((unit.slot * qhead_per_kvhead + index % qhead_per_kvhead) * blocks + m_block)
 
     def _in_dq(self, sdQ: cute.Tensor, layout: cute.ComposedLayout, wg: Int32 | int, stage: Int32) -> cute.Tensor:
@@ -817,9 +882,9 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         wg = place.wg
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        query_range = self._query_blocks(unit, gmem, scoring.window)
         start, _, _, end = query_range
-        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
+        masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = unit.index * self.tile_n + self._row(wg), self._join_group(unit, gmem)
         total = (end - start) * qhead_per_kvhead
         left = total
@@ -832,25 +897,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             pipelines.v.consumer_release(kv_state)
         regs.acc_dK.fill(0.0)
         regs.acc_dV.fill(0.0)
-        # Of a tile's blocks, each for all heads of the group, ``left`` tells which one it is, and whether it is masked.
-        if cutlass.const_expr(self.has_window or self.deterministic):
-            while left > unmasked:
-                left -= 1
-                m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                self._block(context, q_state, left == total - 1, left, limits)
-                q_state.advance()
-        while left > masked:
-            left -= 1
-            self._block(context, q_state, left == total - 1, left, None)
-            q_state.advance()
-        if cutlass.const_expr(self.has_window or not self.deterministic):
-            while left > 0:
-                left -= 1
-                m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
-                self._block(context, q_state, left == total - 1, left, limits)
-                q_state.advance()
+        q_state = self._visit(context, query_range, masked, first_key, tile, q_state, seqlen_k, qhead_per_kvhead)
         if cutlass.const_expr(not self.has_dq_warpgroup):
             if total > 0:
                 cute.arch.mbarrier_wait(pipelines.ds_full + (1 - q_state.index), q_state.phase ^ (1 - q_state.index))
@@ -868,6 +915,55 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
             self._store(regs.acc_dK, gmem.dk[None, None, head, batch], first_key, scoring.softmax_scale)
         return q_state
+
+    @cute.jit
+    def _visit(
+        self,
+        context: tuple,  # Context, or as Context
+        blocks: tuple[Int32, Int32, Int32, Int32],  # see query_blocks
+        kinds: tuple[Int32, Int32],  # see _masked
+        first_key: Int32,
+        tile: Int32,  # what the producer says of it
+        q_state: pipeline.PipelineState,
+        seqlen_k: Int32,
+        qhead_per_kvhead: Int32,
+    ) -> pipeline.PipelineState:
+        """All blocks of a tile, each for all heads of the group; ``left`` tells which one it is, and whether it is
+        masked. The state of Q and dO afterwards."""
+        place, window = context[5], context[4].window
+        start, _, _, end = blocks
+        unmasked, masked = kinds
+        total = (end - start) * qhead_per_kvhead
+        left = total
+        if cutlass.const_expr(self.has_window or self.deterministic):
+            while left > unmasked:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits_of(first_key, m_block, place, seqlen_k, window)
+                self._visit_block(context, q_state, total, left, limits)
+                q_state.advance()
+        while left > masked:
+            left -= 1
+            self._visit_block(context, q_state, total, left, None)
+            q_state.advance()
+        if cutlass.const_expr(self.has_window or not self.deterministic):
+            while left > 0:
+                left -= 1
+                m_block = self._visited(left, start, end, qhead_per_kvhead)
+                limits = self._limits_of(first_key, m_block, place, seqlen_k, window)
+                self._visit_block(context, q_state, total, left, limits)
+                q_state.advance()
+        return q_state
+
+    @cute.jit
+    def _visit_block(
+        self, context: tuple, state: pipeline.PipelineState, total: Int32, left: Int32, limits: tuple | None
+    ) -> None:
+        """This warpgroup's part of a block after which ``left`` of a tile's ``total`` ones come."""
+        if cutlass.const_expr(self.splits_keys):
+            self._block(context, state, left == total - 1, left, limits)
+        else:
+            self._score_block(context, state, left, limits)
 
     @cute.jit
     def _issue_s(self, mmas: Mmas, regs: Operands, q_state: pipeline.PipelineState) -> None:
@@ -891,14 +987,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         tPrdO = regs.tPrdO[None, None, None, stage]
         warpgroup.wait_group(0)
         issue(mmas.sdp, acc_dP, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16, zero_init=True)
-        if cutlass.const_expr(scoring.cap_factor is not None):
-            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
-        if cutlass.const_expr(limits is not None):
-            fill = -math.inf if scoring.cap_factor is None else HIDDEN
-            mask_left(regs.acc_S, limits[0], fill)
-            if cutlass.const_expr(self.has_window):
-                mask_right(regs.acc_S, limits[1], fill)
-        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        self._weigh(regs, smem, pipelines, stage, limits, scoring, place)
         warpgroup.wait_group(0)
         if left == 0:  # the next tile's V may come
             pipelines.v.consumer_release(pipeline.PipelineState(1, Int32(0), Int32(0), Int32(0)))
@@ -995,6 +1084,31 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         offset = first + place.tidx % 4 * 2
         pointer = (smem.statistics[None, stage].iterator + offset).align(8)
         return cute.make_tensor(pointer, cute.make_layout((2, self.tile_m // 8), stride=(1, 8)))
+
+    @cute.jit
+    def _weigh(
+        self,
+        regs: Operands,  # or ScoreOperands
+        smem: Smem,
+        pipelines: Pipelines,
+        stage: Int32,
+        limits: tuple | None,  # as of _block
+        scoring: Scoring,
+        place: Place,
+    ) -> None:
+        """P in the place of S, as of _weights, of a block with or without a mask."""
+        if cutlass.const_expr(scoring.cap_factor is not None):
+            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
+        if cutlass.const_expr(limits is not None):
+            fill = -math.inf if scoring.cap_factor is None else HIDDEN
+            if cutlass.const_expr(limits[0] is not None):
+                mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(limits[1] is not None):
+                mask_right(regs.acc_S, limits[1], fill)
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_weights(regs.acc_S, self._short_statistics(smem, stage, 0), scoring)
+        else:
+            self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
 
     @cute.jit
     def _weights(self, regs: Operands, lse: cute.Tensor, scoring: Scoring) -> None:

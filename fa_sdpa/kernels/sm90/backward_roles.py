@@ -20,7 +20,6 @@ Timeline, block i (‖: at the same time; each warpgroup goes on at its own pace
 A tile's last S and dP are products of whatever shared memory holds, which nothing reads, as in backward.py.
 """
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import cutlass
@@ -28,9 +27,8 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64, pipeline
 from cutlass.cute.nvgpu import warp, warpgroup
 
-from ..common import fragments, softmax
+from ..common import fragments
 from ..common.atomics import add_fragment
-from ..common.mask import mask_left, mask_right
 from .backward_order import END, MULTIPLY, Order, Unit, get_unit
 from .backward_rows import WARPGROUP, Scratch, count_up
 from .backward_short import DS_WRITTEN, P_WRITTEN
@@ -102,7 +100,7 @@ class Roles:
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
-                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                start, _, _, end = self._query_blocks(unit, gmem, window)
                 if cutlass.const_expr(not self.stages_dq):
                     self._await_slot(unit, order, gmem, scratch)
                 if cutlass.const_expr(not self.stages_dq and self.deterministic):
@@ -223,9 +221,9 @@ class Roles:
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
-        query_range = self._query_blocks(unit.index, gmem, scoring.window)
+        query_range = self._query_blocks(unit, gmem, scoring.window)
         start, _, _, end = query_range
-        unmasked, masked = self._masked(query_range, qhead_per_kvhead)
+        masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
@@ -234,24 +232,7 @@ class Roles:
             pipelines.q.consumer_wait(state)
         self._issue_scores(mmas, regs, state)
         regs.acc_dV.fill(0.0)
-        if cutlass.const_expr(self.has_window or self.deterministic):
-            while left > unmasked:
-                left -= 1
-                m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits_of(first_key, m_block, place, seqlen_k, scoring.window)
-                self._score_block(context, state, left, limits)
-                state.advance()
-        while left > masked:
-            left -= 1
-            self._score_block(context, state, left, None)
-            state.advance()
-        if cutlass.const_expr(self.has_window or not self.deterministic):
-            while left > 0:
-                left -= 1
-                m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits_of(first_key, m_block, place, seqlen_k, scoring.window)
-                self._score_block(context, state, left, limits)
-                state.advance()
+        state = self._visit(context, query_range, masked, first_key, tile, state, seqlen_k, qhead_per_kvhead)
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
         head, batch = self._split_group(group, gmem)
@@ -270,18 +251,7 @@ class Roles:
         mmas, regs, smem, pipelines, scoring, place = context
         stage = state.index
         warpgroup.wait_group(0)
-        if cutlass.const_expr(scoring.cap_factor is not None):
-            softmax.cap_scores(regs.acc_S, scoring.cap_factor)
-        if cutlass.const_expr(limits is not None):
-            fill = -math.inf if scoring.cap_factor is None else HIDDEN
-            if cutlass.const_expr(limits[0] is not None):
-                mask_left(regs.acc_S, limits[0], fill)
-            if cutlass.const_expr(limits[1] is not None):
-                mask_right(regs.acc_S, limits[1], fill)
-        if cutlass.const_expr(self.transposes_sums):
-            self._short_weights(regs.acc_S, self._short_statistics(smem, stage, 0), scoring)
-        else:
-            self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        self._weigh(regs, smem, pipelines, stage, limits, scoring, place)
         cute.arch.sync_warp()
         pipelines.q.consumer_release(state)
         rounded = cute.make_rmem_tensor(regs.acc_S.layout, self.dtype)  # P, or with a softcap P times its derivative
@@ -369,7 +339,7 @@ class Roles:
         """dP, dS and dK of a tile; the state of Q and dO after it."""
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
-        start, _, _, end = self._query_blocks(unit.index, gmem, scoring.window)
+        start, _, _, end = self._query_blocks(unit, gmem, scoring.window)
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.v.consumer_wait(kv_state)

@@ -61,7 +61,7 @@ class Turns:
         unit, _ = get_unit(units)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                start, _, _, end = self._query_blocks(unit, gmem, window)
                 total, first = (end - start) * qhead_per_kvhead, start * qhead_per_kvhead
                 shared, seen = self._next_start(unit, gmem, window) * qhead_per_kvhead, Int32(0)
                 self._await_slot(unit, order, gmem, scratch)
@@ -118,7 +118,7 @@ class Turns:
         unit, _ = get_unit(units)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit.index, gmem, window)
+                start, _, _, end = self._query_blocks(unit, gmem, window)
                 for position in cutlass.range(start * qhead_per_kvhead, end * qhead_per_kvhead, unroll=1):
                     cute.arch.barrier(barrier_id=DQ_FULL, number_of_threads=FILLING)
                     cute.arch.barrier_arrive(barrier_id=DQ_EMPTY, number_of_threads=FILLING)
@@ -131,7 +131,7 @@ class Turns:
         this. (Neither start nor end of their ranges ever falls.)"""
         next_start = cute.ceil_div(gmem.q.shape[0], self.tile_m)
         if (unit.index + 1) * self.tile_n < gmem.k.shape[0]:
-            next_start, _, _, _ = self._query_blocks(unit.index + 1, gmem, window)
+            next_start, _, _, _ = self._query_blocks(unit._replace(index=unit.index + 1), gmem, window)
         return next_start
 
     @cute.jit

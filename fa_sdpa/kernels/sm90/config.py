@@ -19,6 +19,7 @@ HEAD_BLOCKS = 128  # of queries; see backward_heads
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+BIAS_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
 SHORT_TILES = (80, 96)  # keys of tiles of the backward that are shared and no multiple of 64
 TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
@@ -127,6 +128,7 @@ class BackwardConfig:
     tile_m: int  # query rows per block
     tile_n: int  # keys of a CTA
     stages: int  # Q and dO blocks in flight
+    attn_mask: str = ""  # as of KernelKey
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "head_dim_v"):
@@ -218,7 +220,8 @@ class BackwardConfig:
         """Slices of 4 registers beside S and P in 16 bit, or dP and dS, and dV or dK of so many columns."""
         if self.splits_keys or self.transposes_sums:
             return 0
-        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - self._sum_columns(accumulated) // 2
+        others = 40 if self.attn_mask in BIAS_BYTES else 32
+        room = self.registers[0] - others - 3 * self.tile_m // 4 - self._sum_columns(accumulated) // 2
         return max(0, min(columns // 16, room // 4))
 
     @property
@@ -306,7 +309,13 @@ class BackwardConfig:
         dq = 4 * self.tile_m * self.dq_columns * stages_dq
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
         tiles += 2 * self.p_stages * scores
-        return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
+        return tiles + 8 * self.tile_m * self.stages + dq + self.mask_bytes + BARRIER_BYTES
+
+    @property
+    def mask_bytes(self) -> int:
+        """Shared memory of a mask: in every stage 16 bytes of bits for each key, and biases of one block."""
+        bits = 16 * self.tile_n * self.stages if self.attn_mask else 0
+        return bits + self.tile_m * self.tile_n * BIAS_BYTES.get(self.attn_mask, 0)
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -316,7 +325,10 @@ def round_up(value: int, multiple: int) -> int:
 # Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and whether
 # biases of the others are far from 0.
 LIST_HEADER = 4
+# Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends.
+LIST_ENDS = 3
 MASK_WARPS = 8  # that classify a tile
+MASK_ROWS = 16  # of a transposed one, classified at a time
 
 Tile = Literal["small", "split", "normal", "wide"]
 NextScores = Literal["before", "after", "late"]  # P V of the last block; late: O is stored first
@@ -460,19 +472,22 @@ def forward_key(
 
 
 @functools.cache
-def mask_key(attn_mask: MaskKind, tile_m: int, tile_n: int) -> KernelKey:
-    """Key of the kernels that prepare masks of a dtype for the tiles of a forward."""
-    return KernelKey("mask", ARCH, attn_mask, 0, 0, False, tile_m, tile_n, 1)
+def mask_key(attn_mask: MaskKind, tile_m: int, tile_n: int, transposed: bool = False) -> KernelKey:
+    """Key of the kernels that prepare masks of a dtype for the tiles of a forward, or transposed, of a backward."""
+    return KernelKey("mask", ARCH, attn_mask, 0, 0, False, tile_m, tile_n, 1, transposed=transposed)
 
 
 @functools.cache
-def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> BackwardConfig:
+def backward_config(
+    head_dim: int, head_dim_v: int, softcap: bool = False, attn_mask: MaskKind = "none"
+) -> BackwardConfig:
     """Tile for a pair of head dims; ValueError for head dims that no kernel has.
 
     With keys of its own a warpgroup holds (head_dim + head_dim_v) / 2 registers a thread of dK and dV, and
-    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more. Shared memory holds
-    128 keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512 for each of V
-    (padded to 64) are within 192 KB. Else the warpgroups share 64 keys.
+    tile_m / 2 each of S, dP and, where no third one multiplies it, dQ. A softcap needs some more, with biases more yet.
+    Shared memory holds 128 keys beside two stages of 64 queries and their dQ if 768 bytes for each column of Q and 512
+    for each of V (padded to 64), and what a mask takes, are within 192 KB. Else the warpgroups share 64 keys. Biases of
+    128 queries find no room.
 
     For speed, on an H100 (bf16, 4k, full / causal, TFLOP/s), the third warpgroup: d80 444 / 382 → 486 / 425, d96
     484 / 430 → 544 / 485; and keys shared by products instead of columns: d192 381 / 342 → 420 / 380, d256 381 / 354 →
@@ -480,10 +495,14 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     """
     columns = round_up(head_dim, 16) + round_up(head_dim_v, 16)
     smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
-    if columns > (192 if softcap else 256) or smem > 192 << 10:
-        return BackwardConfig(head_dim, head_dim_v, 64, _shared_keys(head_dim, head_dim_v, softcap), 2)
-    wide = max(head_dim, head_dim_v) <= 64 and not softcap
-    return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
+    mask, bias = "" if attn_mask == "none" else attn_mask, BIAS_BYTES.get(attn_mask, 0)
+    smem += 64 * 128 * bias + (4096 if mask else 0)
+    most = (128 if bias else 192) if softcap else 256
+    if columns > most or smem > 192 << 10:
+        keys = 64 if mask else _shared_keys(head_dim, head_dim_v, softcap)
+        return BackwardConfig(head_dim, head_dim_v, 64, keys, 2, mask)
+    wide = max(head_dim, head_dim_v) <= 64 and not softcap and not bias
+    return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2, mask)
 
 
 def _shared_keys(head_dim: int, head_dim_v: int, softcap: bool) -> int:
@@ -572,9 +591,12 @@ def backward_key(
     window: bool = False,
     softcap: bool = False,
     deterministic: bool = False,
+    attn_mask: MaskKind = "none",
 ) -> KernelKey:
-    """Key of the backward kernel for what decides its code."""
-    config = backward_config(head_dim, head_dim_v, softcap)
+    """Key of the backward kernel for what decides its code; with an attn_mask that stands for is_causal and window."""
+    if attn_mask != "none":
+        is_causal = window = False
+    config = backward_config(head_dim, head_dim_v, softcap, attn_mask)
     return _key("backward", dtype, is_causal, config, window=window, softcap=softcap, deterministic=deterministic)
 
 
@@ -606,7 +628,7 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
             reasons.append(Reason(code, f"{code} {value} is not a multiple of 8 up to {MAX_HEAD_DIM}"))
     reasons.extend(wrong_mask(spec))
     if spec.mask != "none" and spec.needs_grad:
-        reasons.append(Reason("attn_mask", f"the backward has no kernel for an attn_mask ({spec.mask})"))
+        reasons.extend(_no_masked_backward(spec))
     if spec.dropout_p > 0.0:
         reasons.append(Reason("dropout", f"there is no kernel with dropout (dropout_p={spec.dropout_p})"))
     if spec.scale is not None and not (math.isfinite(spec.scale) and spec.scale > 0.0):
@@ -619,3 +641,15 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     if smem and smem < SMEM_PER_BLOCK:
         reasons.append(Reason("shared_memory", f"{smem} bytes of shared memory per block, {SMEM_PER_BLOCK} needed"))
     return tuple(reasons)
+
+
+def _no_masked_backward(spec: AttentionSpec) -> tuple[Reason, ...]:
+    """Why there is no backward kernel for a call with this attn_mask."""
+    if spec.deterministic:
+        return (Reason("attn_mask", "the backward with an attn_mask has no deterministic mode"),)
+    try:
+        backward_config(int(spec.head_dim), int(spec.head_dim_v), spec.softcap > 0.0, spec.mask)
+    except ValueError:
+        text = f"the backward has no kernel for an attn_mask ({spec.mask}) with head_dim {spec.head_dim}"
+        return (Reason("attn_mask", f"{text}, head_dim_v {spec.head_dim_v}"),)
+    return ()

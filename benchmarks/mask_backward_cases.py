@@ -1,0 +1,70 @@
+"""Random calls of the backward op with an attn_mask, after a forward of our own, and how their gradients are judged.
+
+Masks and data are those of mask_cases.py, dout and the rule those of backward_cases.py, with one term more: the
+backward has P from lse, an fp32 number, which is the coarser the larger it is; where a row sees only keys with a huge
+negative bias, P is off by a factor of exp(|lse| · 2^-22). Gradients are linear in dout, so those of dout · |lse| ·
+2^-22 say how much that can be. dout is 0 in the rows whose weights are chance (around -1e9, see mask_cases.py).
+
+Memory that is allocated is filled with NaN. dK and dV of a second run, with the mask that was kept, must be the same.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from backward_cases import DOUT_LAYOUTS, Poison, gradient_of, judge, math_grads, rounded_out
+from forward_cases import H100, Outcome, inputs
+from mask_cases import MaskedCase, make_mask, random_masked_case, spec_of
+
+from fa_sdpa import kernels
+from fa_sdpa.kernels import launch, masks
+from fa_sdpa.meta.shapes import empty_out_lse
+
+RULE = (
+    "max|grad - ref| <= 2 max(|pt - ref| + |rounded - ref|) + atol + floor, for dq, dk and dv; rounded has O in 16 bit "
+    "and lse in fp32; floor 1e-5, where rows see one key or few 1e-5 sqrt(summands)"
+)
+
+
+def random_backward_case(seed: int, index: int) -> MaskedCase:
+    """Case ``index`` of ``seed``; boolean where there is no backward for another mask."""
+    masked = random_masked_case(seed, 2_000_000 + index)
+    refused = kernels.unsupported(spec_of(masked.case, masked.dtype, needs_grad=True), H100)
+    return masked._replace(dtype="bool") if refused else masked
+
+
+def check_backward(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
+    """Run one case and judge it by the gradient that is furthest off; ``error_lse`` is not used."""
+    torch.manual_seed(hash((seed, index)) & 0x7FFFFFFF)
+    case, options = masked.case, masked.case.options
+    *tensors, sink = inputs(case)
+    query, key, value = tensors
+    mask = make_mask(masked)
+    layout = random.Random(f"dout:{seed}:{index}").choice(DOUT_LAYOUTS)
+    dout = gradient_of(empty_out_lse(query, value)[0], layout)
+    wide, wide_sink = [x.float() for x in tensors], None if sink is None else sink.float()
+    wide_mask = mask if mask.dtype is torch.bool else mask.float()
+    _, _, ref_lse = math_grads(wide, dout, wide_sink, options, wide_mask)
+    chance = (ref_lse < -1e8) & (ref_lse > -1e10)
+    if bool(chance.any()):
+        dout = dout.masked_fill(chance[..., None], 0.0)
+    with Poison() as poison, masks.in_eager_mode():
+        out, lse = launch.attention_fwd(query, key, value, sink, options, mask)
+        grads = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
+        again = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
+    if poison.count < 10:
+        raise AssertionError(f"{poison.count} tensors allocated: some memory of a launch is not filled with NaN")
+    refs, _, _ = math_grads(wide, dout, wide_sink, options, wide_mask)
+    lows, _, _ = math_grads(tensors, dout, sink, options, mask)
+    rounded = rounded_out(wide, dout, wide_sink, options, query.dtype, wide_mask)
+    coarse = dout.float() * (lse.abs().nan_to_num(posinf=0.0) * 2.0**-22)[..., None]
+    coarse_grads, _, _ = math_grads(wide, coarse, wide_sink, options, wide_mask)
+    off = tuple(a.abs() + b.abs() for a, b in zip(rounded, coarse_grads, strict=True))
+    few = case.seqlen_k == 1 or masked.content in ("one key", "sparse")
+    floor = 1e-5 * math.sqrt(case.seqlen_q * case.heads / case.heads_kv) if few else 1e-5
+    outcome = judge(grads, refs[:3], lows[:3], off[:3], tensors, floor)
+    if not outcome.message and not all(torch.equal(a, b) for a, b in zip(grads[1:], again[1:], strict=True)):
+        return outcome._replace(message="a second run with the mask that was kept gave another dK or dV")
+    return outcome
