@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
 
     lists: Tensor  # (B, H, query blocks, HEADER + key blocks) int32
     bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) int32
-    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) of the mask's dtype
+    bias: Tensor | None  # (B, H, Sq, Sk rounded up to whole key blocks) of the mask's dtype; TMA can address it
 
 
 class Tiles(NamedTuple):
@@ -132,7 +132,8 @@ def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
     if attn_mask.dtype is torch.bool:
         return None
     keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
-    return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
+    biases = _addressable(_once(attn_mask), tiles.seqlen_k, keys)
+    return biases.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1)
 
 
 def _once(mask: Tensor) -> Tensor:
@@ -143,16 +144,16 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
-    """``mask`` as the forward reads it: in aligned pairs, with ``keys`` in a row, whole blocks, of which those beyond
-    seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its strides or its
-    address are odd, or its memory ends within the last block."""
+def _addressable(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
+    """``mask`` as TMA loads it: rows that begin at multiples of 16 bytes, with ``keys`` in each, whole blocks, of which
+    those beyond seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its
+    strides or its address do not fit, or its memory ends within the last block."""
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
     item = mask.element_size()
     room = mask.untyped_storage().nbytes() // item - mask.storage_offset() - last_row
-    in_pairs = mask.data_ptr() % (2 * item) == 0 and not any(stride % 2 for stride in strides[:3])
-    if in_pairs and strides[3] == 1 and room >= keys:
+    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride * item % 16 for stride in strides[:3])
+    if is_aligned and strides[3] == 1 and room >= keys:
         return mask.as_strided((*mask.shape[:3], keys), strides)
     copy = mask.new_zeros((*mask.shape[:3], keys))
     copy[..., :seqlen_k] = mask

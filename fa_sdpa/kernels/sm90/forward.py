@@ -138,7 +138,7 @@ class Operands(NamedTuple):
     row_max: cute.Tensor  # of the rows of this thread; so are the next two
     row_sum: cute.Tensor
     block_sum: cute.Tensor
-    bias: cute.Tensor | None = None  # biases of its thread, in all stages; see forward_masked.py
+    bias: cute.Tensor | None = None  # shared memory, pairs of biases, not seen through the swizzle
     biased: cute.Tensor | None = None  # (1,) Int32: how many biased blocks there were
 
 

@@ -22,7 +22,7 @@ import math
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, pipeline
+from cutlass import Boolean, Float32, Int32, Int64, pipeline
 
 from ..common import softmax
 from ..common.fragments import rows_by_columns
@@ -43,6 +43,10 @@ class MaskedForward(Forward):
     def __init__(self, key: KernelKey):
         super().__init__(key)
         self.later_cost_more = True
+        if self.bias_stages:
+            self.bias_pair = Int64 if self.bias_dtype is Float32 else Int32
+            # Columns of a swizzled row of biases in shared memory; a tile is as many slabs as there are in tile_n.
+            self.bias_width = math.gcd(self.tile_n, 1024 // self.bias_dtype.width)
 
     @cute.jit
     def __call__(
@@ -176,8 +180,9 @@ class MaskedForward(Forward):
             return regs
         biased = cute.make_rmem_tensor(1, Int32)
         biased[0] = 0
-        start = cute.recast_ptr(smem.bias.iterator, dtype=self.bias_dtype)  # swizzled where it is read
-        return regs._replace(bias=cute.make_tensor(start, cute.make_layout(cute.cosize(smem.bias))), biased=biased)
+        start = cute.recast_ptr(smem.bias.iterator, dtype=self.bias_pair)  # swizzled by who reads it
+        pairs = cute.make_tensor(start, cute.make_layout(cute.size(smem.bias) // 2))
+        return regs._replace(bias=pairs, biased=biased)
 
     @cute.jit
     def _first_weights(
@@ -280,34 +285,40 @@ class MaskedForward(Forward):
         pipelines.bias.consumer_wait(state)
         regs.biased[0] = regs.biased[0] + 1
         scores = rows_by_columns(acc_S)
-        width = math.gcd(self.tile_n, 1024 // self.bias_dtype.width)  # columns of a swizzled row in shared memory
-        octets = width // 8
-        row_bytes = width * self.bias_dtype.width // 8
-        row, lane = first_row % self.tile_m, cute.arch.lane_idx()
-        swizzle = (lane // 4 * row_bytes // 128) * (128 // self.bias_dtype.width)  # ^ of columns: of units of 16 bytes
-        column = lane % 4 * 2 ^ swizzle
-        start = regs.bias.iterator + (state.index * self.tile_n * self.tile_m + row * width)
-        pairs = cute.make_layout((2, 2, self.tile_n // width), stride=(1, 8 * width, self.tile_m * width))
-        biases = cute.make_rmem_tensor((2, 2, self.tile_n // width), self.bias_dtype)
-        load = cute.make_copy_atom(
-            cute.nvgpu.CopyUniversalOp(), self.bias_dtype, num_bits_per_copy=2 * self.bias_dtype.width
-        )
-        for v in cutlass.range_constexpr(octets):
-            source = (start + (column ^ 8 * v)).align(self.bias_dtype.width // 4)
-            cute.copy(load, cute.make_tensor(source, pairs), biases)
-            for h in cutlass.range_constexpr(self.tile_n // width):
-                for r in cutlass.range_constexpr(2):
-                    pair = biases[None, r, h].load().to(Float32)
-                    for j in cutlass.range_constexpr(2):
-                        c = 2 * (octets * h + v) + j
-                        scores[r, c] = scores[r, c] + pair[j] * mask.bias_factor
-        cute.arch.fence_view_async_shared()
-        cute.arch.sync_warp()
+        width = self.bias_width // 2  # pairs of a row
+        lane, row = cute.arch.lane_idx(), first_row % self.tile_m
+        units = lane // 4 * width * self.bias_pair.width // 1024  # of 16 bytes, by which rows of 8 differ in their order
+        own = lane % 4 ^ units * (128 // self.bias_pair.width)
+        start = regs.bias.iterator + (state.index * self.tile_m * self.tile_n // 2 + row * width)
+        slabs = self.tile_n // self.bias_width
+        for v in cutlass.range_constexpr(width // 4):
+            layout = cute.make_layout((2, slabs), stride=(8 * width, self.tile_m * width))
+            pairs = cute.make_tensor(start + (own ^ 4 * v), layout).load()
+            for r in cutlass.range_constexpr(2):
+                for slab in cutlass.range_constexpr(slabs):
+                    c = 2 * (width // 4 * slab + v)
+                    first, second = self._unpack(pairs[r, slab])
+                    scores[r, c] = scores[r, c] + first * mask.bias_factor
+                    scores[r, c + 1] = scores[r, c + 1] + second * mask.bias_factor
+        cute.arch.sync_warp()  # all lanes have read theirs
         pipelines.bias.consumer_release(state)
         if biased % 2 != 0:
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 score = cute.arch.fmax(acc_S[i], -mask.bias_limit, nan=True)
                 acc_S[i] = cute.arch.fmin(score, mask.bias_limit, nan=True)
+
+    @cute.jit
+    def _unpack(self, pair: Int32 | Int64) -> tuple[Float32, Float32]:
+        """Two neighbouring biases."""
+        packed = cute.make_rmem_tensor(1, self.bias_pair)
+        packed[0] = pair
+        if cutlass.const_expr(self.bias_dtype is cutlass.BFloat16):  # the upper half of an fp32, an operation each
+            halves = cute.make_rmem_tensor(2, Int32)
+            halves[0], halves[1] = pair << 16, pair & -65536
+            values = cute.recast_tensor(halves, Float32)
+        else:
+            values = cute.recast_tensor(packed, self.bias_dtype)
+        return values[0].to(Float32), values[1].to(Float32)
 
 
 def example_arguments(key: KernelKey) -> tuple:
