@@ -43,7 +43,14 @@ from fa_sdpa.bench.contenders import brief  # noqa: E402
 from fa_sdpa.kernels import launch, masks  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 
-MASKS = {"padding": "bool", "triangle": "bool", "triangle, bf16": "bf16", "random": "bool", "bias": "bf16", "bias, fp32": "fp32"}
+MASKS = {
+    "padding": "bool",
+    "triangle": "bool",
+    "triangle, bf16": "bf16",
+    "random": "bool",
+    "bias": "bf16",
+    "bias, fp32": "fp32",
+}
 PEERS = {"torch": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 

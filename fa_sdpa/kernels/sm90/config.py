@@ -19,7 +19,8 @@ SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
-TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
+# Per thread, for S, P, O and biases that are read early, of two MMA warpgroups; what is left of 240 holds all else.
+TILE_REGISTERS = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,12 @@ class ForwardConfig:
         if not self.bias_bytes:
             return 0
         return 2 if self._smem_bytes(1, False, 2) <= SMEM_PER_BLOCK else 1
+
+    @property
+    def reads_biases_early(self) -> bool:
+        """Whether a block's biases are read beside its multiplications: if there are registers for them."""
+        biases = self.tile_n // 8 * self.bias_bytes
+        return self.tile_n // 2 + self.tile_n // 4 + self.head_dim_v_mma // 2 + biases <= TILE_REGISTERS
 
     @property
     def q_stages(self) -> int:
@@ -423,6 +430,12 @@ def forward_key(
         return dataclasses.replace(key, attn_mask=attn_mask)
     flags = {"window": window, "softcap": softcap, "sink": sink, "split": tile == "split"}
     return _key("forward", dtype, is_causal, config, **flags)
+
+
+def forward_config_of(key: KernelKey) -> ForwardConfig:
+    """The tile of a forward kernel."""
+    sizes = (key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+    return ForwardConfig(*sizes, BIAS_BYTES.get(key.attn_mask, 0))
 
 
 @functools.cache

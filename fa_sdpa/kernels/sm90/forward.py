@@ -60,7 +60,7 @@ from ..common.blocks import Window, first_key_blocks, key_blocks, part_of_blocks
 from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
-from .config import BIAS_BYTES, ForwardConfig
+from .config import forward_config_of
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
@@ -146,8 +146,7 @@ class Forward:
     """Kernel of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
-        sizes = (key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
-        config = ForwardConfig(*sizes, BIAS_BYTES.get(key.attn_mask, 0))
+        config = forward_config_of(key)
         self.name = key.name
         self.dtype = DTYPES[key.dtype]
         # Columns that are multiplied, that shared memory holds, and that O has in global memory:
@@ -503,7 +502,9 @@ class Forward:
                 if is_valid:
                     pipelines.k.consumer_release(k_state)
                     blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
-                    self._first_weights(acc_S, regs, pipelines, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
+                    self._first_weights(
+                        acc_S, regs, pipelines, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring
+                    )
             k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -627,6 +628,23 @@ class Forward:
         scoring: Scoring,
     ) -> cute.Tensor:
         """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last; S when both are done, capped."""
+        acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
+        self._end_block(acc_S, pipelines, k_state, v_state, scoring)
+        return acc_S
+
+    @cute.jit
+    def _begin_block(
+        self,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        regs: Operands,
+        pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        wg: Int32,
+    ) -> cute.Tensor:
+        """The multiplications of `_block`, issued; what S will be in."""
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
@@ -634,13 +652,24 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         self._issue_pv(mma_pv, regs, v_state)
         self._pass_turn(wg, to_next=True)
+        return acc_S
+
+    @cute.jit
+    def _end_block(
+        self,
+        acc_S: cute.Tensor,
+        pipelines: Pipelines,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        scoring: Scoring,
+    ) -> None:
+        """Wait for the multiplications of `_block`."""
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         pipelines.v.consumer_release(v_state)
         fragments.end_of_block(scoring.scale_log2 < 0.0)  # or the stages would be released after the softmax
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
-        return acc_S
 
     @cute.jit
     def _softmax(self, acc_S: cute.Tensor, regs: Operands, scoring: Scoring) -> None:

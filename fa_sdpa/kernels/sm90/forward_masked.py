@@ -30,7 +30,7 @@ from ..common.mask import mask_bits
 from ..common.scheduler import Tiles, find_tile
 from ..key import KernelKey
 from . import forward
-from .config import LIST_HEADER
+from .config import LIST_HEADER, forward_config_of
 from .forward import BIAS_DTYPES, Atoms, Forward, Gmem, Operands, Pipelines, Scoring, Smem, TileMask
 from .tma import load_tile
 
@@ -42,9 +42,11 @@ class MaskedForward(Forward):
 
     def __init__(self, key: KernelKey):
         super().__init__(key)
+        config = forward_config_of(key)
         self.later_cost_more = True
         if self.bias_stages:
             self.bias_pair = Int64 if self.bias_dtype is Float32 else Int32
+            self.reads_early = config.reads_biases_early
             # Columns of a swizzled row of biases in shared memory; a tile is as many slabs as there are in tile_n.
             self.bias_width = math.gcd(self.tile_n, 1024 // self.bias_dtype.width)
 
@@ -205,7 +207,9 @@ class MaskedForward(Forward):
             if cutlass.const_expr(self.bias_stages):
                 if bits_end == 0:
                     of_bits = of_bits + self._num_blocks(seqlen_k)
-                    self._add_biases(acc_S, regs, pipelines, mask, first_row, biased)
+                    biases = self._biases()
+                    self._read_biases(biases, regs, pipelines, first_row)
+                    self._add_biases(acc_S, biases, mask, biased)
                 if (bits_end > 0) | (biased // 2 == 0):
                     mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
             else:
@@ -247,8 +251,14 @@ class MaskedForward(Forward):
             v_state.advance()
         if cutlass.const_expr(self.bias_stages):
             for i in cutlass.range(cutlass.max(bits_end, 1), end, unroll=1):
-                acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
-                self._add_biases(acc_S, regs, pipelines, mask, first_row, biased)
+                acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
+                biases = self._biases()
+                if cutlass.const_expr(self.reads_early):
+                    self._read_biases(biases, regs, pipelines, first_row)
+                self._end_block(acc_S, pipelines, k_state, v_state, scoring)
+                if cutlass.const_expr(not self.reads_early):
+                    self._read_biases(biases, regs, pipelines, first_row)
+                self._add_biases(acc_S, biases, mask, biased)
                 if i >= biased // 2:
                     of_bits = entries[LIST_HEADER + i] + self._num_blocks(seqlen_k)
                     mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
@@ -269,39 +279,50 @@ class MaskedForward(Forward):
             words[r] = rows[first_row + 8 * r]
         return words
 
+    def _biases(self) -> cute.Tensor:
+        """Registers for a block of biases: (pairs of a row of a slab, rows of this thread, slabs)."""
+        return cute.make_rmem_tensor((self.bias_width // 8, 2, self.tile_n // self.bias_width), self.bias_pair)
+
+    @cute.jit
+    def _read_biases(self, biases: cute.Tensor, regs: Operands, pipelines: Pipelines, first_row: Int32) -> None:
+        """Wait for the next block of biases, read those of this thread's scores, and release it."""
+        state = self._bias_state(regs.biased, first_phase=0)
+        pipelines.bias.consumer_wait(state)
+        regs.biased[0] = regs.biased[0] + 1
+        width = self.bias_width // 2  # pairs of a row
+        lane, row = cute.arch.lane_idx(), first_row % self.tile_m
+        units = (
+            lane // 4 * width * self.bias_pair.width // 1024
+        )  # of 16 bytes, by which rows of 8 differ in their order
+        own = lane % 4 ^ units * (128 // self.bias_pair.width)
+        start = regs.bias.iterator + (state.index * self.tile_m * self.tile_n // 2 + row * width)
+        slabs = cute.make_layout(cute.shape(biases)[1:], stride=(8 * width, self.tile_m * width))
+        for v in cutlass.range_constexpr(width // 4):
+            pairs = cute.make_tensor(start + (own ^ 4 * v), slabs)
+            for r in cutlass.range_constexpr(cute.size(slabs, mode=[0])):
+                for slab in cutlass.range_constexpr(cute.size(slabs, mode=[1])):
+                    biases[v, r, slab] = pairs[r, slab]
+        cute.arch.sync_warp()  # all lanes have read theirs
+        pipelines.bias.consumer_release(state)
+
     @cute.jit
     def _add_biases(
         self,
         acc_S: cute.Tensor,
-        regs: Operands,
-        pipelines: Pipelines,
+        biases: cute.Tensor,
         mask: TileMask,
-        first_row: Int32,
         biased: Int32,  # odd if some are far from 0
     ) -> None:
-        """Wait for the next block of biases, add them to its scores, and release it; within ± bias_limit if some are
-        far from 0. Beyond the mask's rows and keys they may be anything: bits hide those keys."""
-        state = self._bias_state(regs.biased, first_phase=0)
-        pipelines.bias.consumer_wait(state)
-        regs.biased[0] = regs.biased[0] + 1
+        """Scores plus biases; within ± bias_limit if some are far from 0. Beyond the mask's rows and keys they may be
+        anything: bits hide those keys."""
         scores = rows_by_columns(acc_S)
-        width = self.bias_width // 2  # pairs of a row
-        lane, row = cute.arch.lane_idx(), first_row % self.tile_m
-        units = lane // 4 * width * self.bias_pair.width // 1024  # of 16 bytes, by which rows of 8 differ in their order
-        own = lane % 4 ^ units * (128 // self.bias_pair.width)
-        start = regs.bias.iterator + (state.index * self.tile_m * self.tile_n // 2 + row * width)
-        slabs = self.tile_n // self.bias_width
-        for v in cutlass.range_constexpr(width // 4):
-            layout = cute.make_layout((2, slabs), stride=(8 * width, self.tile_m * width))
-            pairs = cute.make_tensor(start + (own ^ 4 * v), layout).load()
-            for r in cutlass.range_constexpr(2):
-                for slab in cutlass.range_constexpr(slabs):
-                    c = 2 * (width // 4 * slab + v)
-                    first, second = self._unpack(pairs[r, slab])
+        for slab in cutlass.range_constexpr(cute.size(biases, mode=[2])):
+            for v in cutlass.range_constexpr(cute.size(biases, mode=[0])):
+                for r in cutlass.range_constexpr(2):
+                    c = 2 * (cute.size(biases, mode=[0]) * slab + v)
+                    first, second = self._unpack(biases[v, r, slab])
                     scores[r, c] = scores[r, c] + first * mask.bias_factor
                     scores[r, c + 1] = scores[r, c + 1] + second * mask.bias_factor
-        cute.arch.sync_warp()  # all lanes have read theirs
-        pipelines.bias.consumer_release(state)
         if biased % 2 != 0:
             for i in cutlass.range_constexpr(cute.size(acc_S)):
                 score = cute.arch.fmax(acc_S[i], -mask.bias_limit, nan=True)
