@@ -390,7 +390,8 @@ def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal", bias_b
 
     Small, split: one MMA warpgroup, 64 x 64.
     Normal: two MMA warpgroups of 240 registers, and the longest key block up to 128 that leaves S, P and O within
-    TILE_REGISTERS and two stages of K and V, and one of biases, within shared memory. O at d128 takes 64 registers, at d256 128.
+    TILE_REGISTERS and two stages of K and V, and one of biases, within shared memory. O at d128 takes 64 registers, at
+    d256 128.
     Wide: three MMA warpgroups of 160 registers, so that each K and V block serves 192 rows and the softmax of two
     warpgroups runs beside the multiplications of the third.
     """

@@ -6,9 +6,11 @@ from global memory before it waits for the block's scores. Biased blocks have a 
 
     bias  1-2 stages  TMA, 1 arrival + bytes → 4·w warps; released when they are added to the scores
 
-They are loaded after the K and V that are waited for with them: K_{i+1}, V_i, B_{i+1}. In shared memory they are swizzled
-like K, so that the pairs of a warp's threads, 8 rows of 4 pairs, lie in different banks (of fp32, two in each). Where keys
-are hidden beside the biases, words of bits are loaded when the scores are there: few blocks have any, and they come last.
+They are loaded after the K and V that are waited for with them: K_{i+1}, V_i, B_{i+1}. In shared memory they are
+swizzled like K, so that the pairs of a warp's threads, 8 rows of 4 pairs, lie in different banks (fp32: two in each).
+They are read beside the block's multiplications where there are registers for them (config.py), or else when these are
+done. Where keys are hidden beside the biases, words of bits are loaded when the scores are there: few blocks have any,
+and they come last.
 
 Biases are added in units of Q Kᵀ. Where some are far from 0, scores are then cut off at ± bias_limit, a power of two
 that stands for a bias of 2^18 … 2^19: huge numbers would lose, in s·c - m·c, what exp2 is to see of them. That of a
@@ -89,8 +91,8 @@ class MaskedForward(Forward):
         scoring: Scoring,
         num_parts: None,
     ) -> Blocks:
-        """``(whole_end, bits_end, end, biased, m_block, head, batch)``: where each kind of blocks ends in a tile's list,
-        and what its header says of the biased ones."""
+        """``(whole_end, bits_end, end, biased, m_block, head, batch)``: where each kind of blocks ends in a tile's
+        list, and what its header says of the biased ones."""
         entries = self._entries(scoring.mask, m_block, head, batch)
         return entries[0], entries[1], entries[2], entries[3], m_block, head, batch
 
