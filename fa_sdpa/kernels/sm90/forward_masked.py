@@ -333,14 +333,13 @@ class MaskedForward(Forward):
     @cute.jit
     def _unpack(self, pair: Int32 | Int64) -> tuple[Float32, Float32]:
         """Two neighbouring biases."""
-        packed = cute.make_rmem_tensor(1, self.bias_pair)
-        packed[0] = pair
         if cutlass.const_expr(self.bias_dtype is cutlass.BFloat16):  # the upper half of an fp32, an operation each
             halves = cute.make_rmem_tensor(2, Int32)
             halves[0], halves[1] = pair << 16, pair & -65536
             values = cute.recast_tensor(halves, Float32)
         else:
-            values = cute.recast_tensor(packed, self.bias_dtype)
+            values = cute.make_rmem_tensor(2, self.bias_dtype)
+            cute.recast_tensor(values, self.bias_pair)[0] = pair
         return values[0].to(Float32), values[1].to(Float32)
 
 
