@@ -8,10 +8,6 @@ what kind of tile it is. `enlist`: a warp for each block of rows makes the list 
     bits    some keys are hidden from some rows
     biased  the mask's values are added to the scores, and keys are hidden
 
-Biased tiles that hide no key come before those that do, and each list begins at another one of them: what is loaded at
-the same time for neighbouring tiles would else lie a multiple of a row's pitch apart, a power of two as a rule, and so
-in few banks of the memory.
-
 A tile in which no row sees a key is on no list; if that leaves a block of rows without any, its list has tile 0, whose
 bits are all 0. A mask also stands for a causal mask or window given beside it, and for the last block's missing keys.
 
@@ -40,7 +36,6 @@ HIDING = 4  # in lists, biased tiles in which keys are hidden; they come last
 HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
 HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
 HIDES = 16  # added to the kind of a floating tile in which -inf hides a key
-TURN, HEAD_TURN = 5, 11  # places by which a list of biased tiles begins later than that of the last block of rows, head
 DTYPES = {
     "bool": cutlass.Uint8,
     "bf16": cutlass.BFloat16,
@@ -200,26 +195,24 @@ class Mask:
         is_low = Boolean(False)
         if cutlass.const_expr(mRows is not None):
             is_low = self._has_low_row(mRows[batch, head, m_block, None, None], lane)
-        count, clear_end, turn, clear = Int32(0), Int32(0), Int32(0), Int32(0)
+        count = Int32(0)
         is_far = Boolean(False)  # a bias of a biased tile
-        if cutlass.const_expr(mRows is not None):
-            for i in cutlass.range(cute.ceil_div(n_blocks, 32), unroll=1):
-                clear += cute.arch.popc(cute.arch.vote_ballot_sync(self._kind(kinds, i * 32 + lane, is_low) == BIASED))
-            turn = (m_block * TURN + head * HEAD_TURN) % cutlass.max(clear, 1)
+        clear_end = Int32(0)
         last_kind = BIASED if mRows is None else HIDING
         for kind in cutlass.range_constexpr(WHOLE, last_kind + 1):
-            first = count
             for i in cutlass.range(cute.ceil_div(n_blocks, 32), unroll=1):
                 n_block = i * 32 + lane
-                found = self._kind(kinds, n_block, is_low)
+                found = Int32(SKIPPED)
+                if n_block < n_blocks:
+                    found = kinds[n_block]
+                    has_low, has_high, hides = found & HAS_LOW != 0, found & HAS_HIGH != 0, found & HIDES != 0
+                    found = Int32(BIASED) if is_low & has_low else found % HAS_LOW
+                    is_far = is_far | (found == BIASED) & (has_low | has_high)
+                    if cutlass.const_expr(mRows is not None):
+                        found = Int32(HIDING) if (found == BIASED) & hides else found
                 chosen = cute.arch.vote_ballot_sync(found == kind)
                 if found == kind:
-                    place = count + cute.arch.popc(chosen & (1 << lane) - 1)
-                    if cutlass.const_expr(kind == BIASED and kind != last_kind):
-                        place = first + (place - first + turn) % clear
-                    if cutlass.const_expr(kind >= BIASED):
-                        is_far = is_far | (kinds[n_block] & (HAS_LOW | HAS_HIGH) != 0)
-                    entries[LIST_HEADER + place] = n_block
+                    entries[LIST_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = n_block
                 count += cute.arch.popc(chosen)
             if cutlass.const_expr(kind == BIASED and kind != last_kind):
                 clear_end = count
@@ -232,17 +225,6 @@ class Mask:
             entries[1] = 1
             entries[2] = 1
             entries[LIST_HEADER] = 0
-
-    @cute.jit
-    def _kind(self, kinds: cute.Tensor, n_block: Int32, is_low: Boolean) -> Int32:
-        """The kind of a tile in the list of its block of rows; SKIPPED beyond the last one."""
-        found = Int32(SKIPPED)
-        if n_block < kinds.shape[0]:
-            flags = kinds[n_block]
-            found = Int32(BIASED) if is_low & (flags & HAS_LOW != 0) else flags % HAS_LOW
-            if (found == BIASED) & (flags & HIDES != 0):
-                found = Int32(HIDING)
-        return found
 
     @cute.jit
     def _has_low_row(self, rows: cute.Tensor, lane: Int32) -> Boolean:
