@@ -22,7 +22,8 @@ from .compile import Kernel
 from .sm90 import config as sm90
 
 KEPT = 16  # masks at a time
-KEPT_BYTES = 64 << 20  # what is larger than this, the copy of a bias mostly, is not worth the memory
+KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
+KEPT_PART = 4  # … unless the mask itself has this many times as much: bits of biases take an eighth or less of it
 UNBOUNDED = 1 << 30  # of a window
 
 
@@ -87,7 +88,8 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Pre
     kept = done
     if done.bias is not None and done.bias.untyped_storage()._cdata == storage._cdata:
         kept = done._replace(bias=None)  # which would keep the mask itself
-    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= KEPT_BYTES:
+    room = max(KEPT_BYTES, storage.nbytes() // KEPT_PART)
+    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= room:
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)
         _kept[wanted] = StorageWeakRef(storage), kept

@@ -100,14 +100,23 @@ class Mask:
             self._read_row(mask, first_row + r, n_block, window, lane, values[None, r])
         hard, soft = (cute.make_rmem_tensor(self.rows_of_warp, Int32) for _ in range(2))
         seen, visible, low = Int32(0), Int32(0), Int32(0)
-        for r in cutlass.range_constexpr(self.rows_of_warp):
-            hard[r], soft[r] = Int32(0), Int32(0)
-            if first_row + r < mask.shape[0]:
-                hard[r], soft[r], found = self._words(values[None, r], lane)
-                seen = seen | found
-                if cutlass.const_expr(not self.is_bool):
-                    visible = visible | (found >> 3 & 1) << r
-                    low = low | (found >> 4 & 1) << r
+        is_plain = Boolean(False)
+        if cutlass.const_expr(not self.is_bool):
+            is_plain, seen = self._plain(values, lane)
+        if is_plain:
+            hard.fill(-1 if self.tile_n == 128 else (1 << self.tile_n // 4) - 1)
+            soft.store(hard.load())
+            visible = Int32((1 << self.rows_of_warp) - 1)
+        else:
+            seen = Int32(0)
+            for r in cutlass.range_constexpr(self.rows_of_warp):
+                hard[r], soft[r] = Int32(0), Int32(0)
+                if first_row + r < mask.shape[0]:
+                    hard[r], soft[r], found = self._words(values[None, r], lane)
+                    seen = seen | found
+                    if cutlass.const_expr(not self.is_bool):
+                        visible = visible | (found >> 3 & 1) << r
+                        low = low | (found >> 4 & 1) << r
         if lane == 0:
             flags[warp] = seen
             if cutlass.const_expr(mRows is not None):
@@ -153,6 +162,21 @@ class Mask:
                     values[e] = Float32(0.0) if value != 0 else -Float32.inf
                 else:
                     values[e] = value.to(Float32)
+
+    @cute.jit
+    def _plain(self, values: cute.Tensor, lane: Int32) -> tuple[Boolean, Int32]:
+        """Whether all values of a warp's rows are visible and none is NaN or -HIDDEN or more, as biases mostly are, and
+        the flags (see `_words`) of all rows together then. No key may be missing. That takes a quarter of `_words`."""
+        least, most = values[0], values[0]
+        for r in cutlass.range_constexpr(self.rows_of_warp):
+            for e in cutlass.range_constexpr(cute.size(values, mode=[0])):
+                value = values[e, r]
+                if cutlass.const_expr(32 * e + 32 > self.tile_n):
+                    value = value if 32 * e + lane < self.tile_n else values[0, r]
+                least, most = cute.arch.fmin(least, value, nan=True), cute.arch.fmax(most, value, nan=True)
+        is_plain = cute.arch.vote_all_sync((least >= VISIBLE) & (most < -HIDDEN))  # False for NaN
+        is_zero = cute.arch.vote_all_sync((least == 0.0) & (most == 0.0))
+        return is_plain, Int32(1) if is_zero else Int32(5)
 
     @cute.jit
     def _words(self, values: cute.Tensor, lane: Int32) -> tuple[Int32, Int32, Int32]:
