@@ -363,6 +363,20 @@ def test_masks_that_are_gone_are_not_kept(preparations, dtype):
         assert len(masks._kept) == masks.KEPT
 
 
+def test_what_is_kept_is_small_or_much_smaller_than_the_mask(preparations, monkeypatch):
+    launched, load = preparations
+    monkeypatch.setattr(masks, "KEPT_BYTES", 0)
+    bias, row = (
+        torch.randn(1, 4, 300, 512),
+        torch.randn(1, 1, 1, 512),
+    )  # of a row with a window there is more than of it
+    with masks.in_eager_mode():
+        for mask, tiles, launches in ((bias, TILES, 1), (row, TILES._replace(left=-5), 3)):
+            for _ in range(2):
+                masks.prepared(mask, tiles._replace(seqlen_k=512), load)
+            assert len(launched) == launches
+
+
 @pytest.mark.parametrize(
     ("mask", "sizes"),
     [
