@@ -18,9 +18,10 @@ DELAY = 2  # blocks of queries between tiles of a group that take turns
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+BIAS_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
-# Per thread, for S, P, O and biases that are read early, of two MMA warpgroups; what is left of 240 holds all else.
-TILE_REGISTERS = 192
+SHORT_TILES = (80, 96)  # keys of tiles of the backward that are shared and no multiple of 64
+TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class ForwardConfig:
 
     @property
     def reads_biases_early(self) -> bool:
-        """Whether a block's biases are read beside its multiplications: if there are registers for them."""
+        """Whether a block's biases are read beside its multiplications: if TILE_REGISTERS hold them, too."""
         biases = self.tile_n // 8 * self.bias_bytes
         return self.tile_n // 2 + self.tile_n // 4 + self.head_dim_v_mma // 2 + biases <= TILE_REGISTERS
 
@@ -131,7 +132,8 @@ class BackwardConfig:
 
     With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
     keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for
-    one warpgroup. A third one multiplies dQ where that leaves the others enough registers.
+    one warpgroup. So do SHORT_TILES, with dK and dV multiplied transposed. A third one multiplies dQ where that leaves
+    the others enough registers.
     """
 
     head_dim: int
@@ -145,8 +147,8 @@ class BackwardConfig:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
-        if self.tile_n not in (64, 128):
-            raise ValueError(f"{self.tile_n=} must be 64 or 128")
+        if self.tile_n not in (64, *SHORT_TILES, 128):
+            raise ValueError(f"{self.tile_n=} must be 64, one of {SHORT_TILES} or 128")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
         if self.tile_m != 64 and not self.splits_keys:
@@ -163,19 +165,51 @@ class BackwardConfig:
         return 3 if self.has_dq_warpgroup else 2
 
     @property
-    def registers(self) -> tuple[int, int, int]:
-        """Registers per thread of an MMA warpgroup, of the producer, and of dQ's warpgroup or 0, after reallocation
-        (64 K per SM)."""
+    def registers(self) -> tuple[int, int, int, int]:
+        """Registers per thread of the two MMA warpgroups, of the producer, and of dQ's warpgroup or 0, after
+        reallocation (64 K per SM). In short tiles what is left beside dV and dK is the same for both."""
         if not self.has_dq_warpgroup:
-            return 240, 24, 0
+            return 240, 240, 24, 0
         dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
-        mma = (512 - 24 - dq) // 16 * 8
-        return mma, 512 - 2 * mma - dq, dq
+        both = 512 - 24 - dq
+        first = second = both // 16 * 8
+        if self.transposes_sums:
+            first = (both + (self.dv_columns - self.dk_columns) * self.tile_n // 128) // 16 * 8
+            second = both - first
+        return first, second, 512 - first - second - dq, dq
 
     @property
     def splits_keys(self) -> bool:
         """Whether each MMA warpgroup has keys of its own."""
         return self.tile_n == 128
+
+    @property
+    def transposes_sums(self) -> bool:
+        """Whether dK and dV are multiplied transposed, columns × keys, for which keys need be no multiple of 64."""
+        return self.tile_n in SHORT_TILES
+
+    @property
+    def dk_columns(self) -> int:
+        """Columns of dK that are multiplied."""
+        return self._sum_columns(self.head_dim_mma)
+
+    @property
+    def dv_columns(self) -> int:
+        """Columns of dV that are multiplied."""
+        return self._sum_columns(self.head_dim_v_mma)
+
+    def _sum_columns(self, columns: int) -> int:
+        if self.transposes_sums:
+            return round_up(columns, 64)
+        return columns if columns <= 192 else 256
+
+    @property
+    def p_stages(self) -> int:
+        """Blocks of P in shared memory. Two where WGMMA reads it there: that of one block is written while another
+        warp may still read the one before it."""
+        if self.splits_keys:
+            return 0
+        return self.stages if self.transposes_sums else 1
 
     @property
     def has_dq_warpgroup(self) -> bool:
@@ -196,10 +230,9 @@ class BackwardConfig:
 
     def _slices(self, columns: int, accumulated: int) -> int:
         """Slices of 4 registers beside S and P in 16 bit, or dP and dS, and dV or dK of so many columns."""
-        if self.splits_keys:
+        if self.splits_keys or self.transposes_sums:
             return 0
-        sums = accumulated if accumulated <= 192 else 256
-        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - sums // 2
+        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - self._sum_columns(accumulated) // 2
         return max(0, min(columns // 16, room // 4))
 
     @property
@@ -256,7 +289,7 @@ class BackwardConfig:
     @property
     def stages_dq(self) -> bool:
         """Whether dQ has shared memory to be added to global memory from; if not, that happens from registers."""
-        return self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
+        return not self.transposes_sums and self._smem_bytes(stages_dq=True) <= SMEM_PER_BLOCK
 
     @property
     def stores_by_tma(self) -> bool:
@@ -277,7 +310,7 @@ class BackwardConfig:
         scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns if stages_dq else 0
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
-        tiles += 0 if self.splits_keys else 2 * scores
+        tiles += 2 * self.p_stages * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
@@ -289,7 +322,6 @@ def round_up(value: int, multiple: int) -> int:
 # biased blocks, twice the place where those that hide no key end, plus 1 if biases are far from 0.
 LIST_HEADER = 4
 MASK_WARPS = 8  # that classify a tile
-BIAS_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # of an element of a floating mask
 
 Tile = Literal["small", "split", "normal", "wide"]
 NextScores = Literal["before", "after", "late"]  # P V of the last block; late: O is stored first
@@ -461,9 +493,23 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     columns = round_up(head_dim, 16) + round_up(head_dim_v, 16)
     smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
     if columns > (192 if softcap else 256) or smem > 192 << 10:
-        return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
+        return BackwardConfig(head_dim, head_dim_v, 64, _shared_keys(head_dim, head_dim_v, softcap), 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
+
+
+def _shared_keys(head_dim: int, head_dim_v: int, softcap: bool) -> int:
+    """Keys of a tile whose products the warpgroups share.
+
+    The fewer they are, the more often Q, dO and dQ cross L2, which limits tiles of 64. More leave room for S and 32
+    other registers beside dV or dK: 80 at d192, 96 where one of them has 128 columns. Not where that multiplies columns
+    of zeros, 64 at a time. On an H100 (bf16, 4k, full / causal, TFLOP/s) instead of 64: d192 447 / 399 → 508 / 461, and
+    192 / 128 370 / 350 → 507 / 432.
+    """
+    columns = [round_up(value, 16) for value in (head_dim, head_dim_v)]
+    if softcap or max(columns) > 192 or any(value % 64 for value in columns):
+        return 64
+    return 96 if min(columns) <= 128 else 80
 
 
 class Schedule(NamedTuple):
@@ -504,16 +550,16 @@ def backward_schedule(
 def backward_heads(
     heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
 ) -> int:
-    """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
-    a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
-    gradients of a key/value head are then added up.
+    """How many heads dK and dV are computed of, a multiple of heads_kv that divides heads, where a key/value head has
+    ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The gradients of a key/value
+    head are then added up.
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes four launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes two launches more.
     """
     group = heads // heads_kv
-    if group * blocks < 32:
+    if group * blocks < 12:
         return heads_kv
     for split in (split for split in range(1, group + 1) if group % split == 0):
         count = heads_kv * split * tiles
@@ -542,7 +588,8 @@ def backward_key(
 def _key(
     direction: str, dtype: torch.dtype, is_causal: bool, config: ForwardConfig | BackwardConfig, **flags: Any
 ) -> KernelKey:
-    sizes = {name: getattr(config, name) for name in ("head_dim", "head_dim_v", "tile_m", "tile_n", "stages")}
+    sizes = dataclasses.asdict(config)
+    sizes.pop("bias_bytes", None)  # which attn_mask says
     return KernelKey(direction, ARCH, DTYPE_NAMES[dtype], is_causal=is_causal, **sizes, **flags)
 
 
