@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -85,6 +86,7 @@ BACKWARD = [  # both splits of the work, each tile_m, dQ by rows and by columns,
         (torch.bfloat16, 192, 64, False, True, False),
         (torch.bfloat16, 64, 192, False, False, False),
         (torch.bfloat16, 192, 128, True, False, False),
+        (torch.bfloat16, 192, 192, False, True, False),
         (torch.bfloat16, 192, 192, False, True, True),
         (torch.bfloat16, 256, 256, True, False, False),
         (torch.float16, 256, 256, False, True, True),
@@ -186,11 +188,13 @@ def test_config_is_checked_at_birth(values, message):
     ("values", "message"),
     [
         ((128, 128, 96, 128, 2), "tile_m"),
-        ((128, 128, 64, 96, 2), "tile_n"),
+        ((128, 128, 64, 112, 2), "tile_n"),
         ((128, 128, 64, 128, 3), "stages"),
         ((256, 256, 64, 128, 2), "smem_bytes"),
         ((240, 16, 64, 128, 2), "tile_n"),
         ((64, 64, 128, 64, 2), "tile_m"),
+        ((64, 64, 128, 80, 2), "tile_m"),
+        ((256, 256, 64, 96, 2), "smem_bytes"),
         ((100, 128, 64, 128, 2), "head_dim"),
         ((128, 264, 64, 64, 2), "head_dim_v"),
     ],
@@ -218,19 +222,76 @@ def test_backward_warpgroups_fit_the_register_file():
     for head_dim in range(8, 257, 8):
         for head_dim_v in range(8, 257, 8):
             chosen = config.backward_config(head_dim, head_dim_v)
-            mma, producer, dq = chosen.registers
+            first, second, producer, dq = chosen.registers
+            mma = min(first, second)
             warpgroups = 1 + chosen.mma_warpgroups
             launched = 65536 // (128 * warpgroups) // 8 * 8  # a CTA's registers are those that it has at its start
-            assert 2 * mma + producer + dq <= warpgroups * launched
-            assert mma % 8 == producer % 8 == dq % 8 == 0
+            assert first + second + producer + dq <= warpgroups * launched
+            assert first % 8 == second % 8 == producer % 8 == dq % 8 == 0 and max(first, second) <= 240
             assert (chosen.mma_warpgroups == 3) == chosen.has_dq_warpgroup == (dq > 0)
             assert chosen.dq_columns % chosen.dq_chunk == 0
             columns, columns_v = chosen.head_dim_mma, chosen.head_dim_v_mma
             if chosen.has_dq_warpgroup and chosen.splits_keys:
                 assert (columns + columns_v) // 2 + chosen.tile_m + 32 <= mma  # dK, dV, S, dP; addresses
-            if not chosen.splits_keys:
+            if chosen.transposes_sums:
+                per_column = chosen.tile_n / 128  # of dV, S; of dK, dP and P in 16 bit; addresses
+                assert (chosen.dv_columns + chosen.tile_m) * per_column + 32 <= first
+                assert (chosen.dk_columns + 1.5 * chosen.tile_m) * per_column + 24 <= second
+            elif not chosen.splits_keys:
+                assert first == second
                 for held, accumulated in ((chosen.k_slices, columns_v), (chosen.v_slices, columns)):
                     assert 4 * held + accumulated // 2 + 3 * chosen.tile_m // 4 + 32 <= mma  # K or V, dV or dK, S, P
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "keys"),
+    [
+        ((192, 192), 80),
+        ((184, 184), 80),
+        ((192, 128), 96),
+        ((128, 192), 96),
+        ((184, 120), 96),
+        ((192, 64), 128),
+        ((176, 176), 64),  # 192 columns would be multiplied
+        ((192, 112), 64),
+        ((256, 256), 64),
+        ((256, 128), 64),
+    ],
+)
+def test_keys_of_a_backward_tile(head_dims, keys):
+    chosen = config.backward_config(*head_dims)
+    assert (chosen.tile_n, chosen.transposes_sums) == (keys, keys in config.SHORT_TILES)
+    assert not config.backward_config(*head_dims, softcap=True).transposes_sums
+
+
+@pytest.mark.parametrize("tile_n", [64, *config.SHORT_TILES, 128])
+@pytest.mark.parametrize("tile_m", [64, 128])
+@pytest.mark.parametrize("mode", ["full", "causal", (0, 0), (-70, -7), (-200, 33), (5, 130), (-1000, 1000)])
+def test_query_blocks_of_a_tile(tile_m, tile_n, mode):
+    from fa_sdpa.kernels.common import blocks
+
+    is_causal, window = mode == "causal", None if isinstance(mode, str) else blocks.Window(*mode)
+    left, right = window or (-math.inf, 0 if is_causal else math.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "Int32", int)
+        patch.setattr(blocks.cutlass, "min", min)
+        patch.setattr(blocks.cutlass, "max", max)
+        find = blocks.query_blocks.__wrapped__
+        for sq, sk in itertools.product((1, 64, 65, 300, 513), (1, 79, 80, 96, 160, 449, 960)):
+            rows, before = -(-sq // tile_m), (0, 0)
+            for n in range(-(-sk // tile_n)):
+                start, unmasked_start, unmasked_end, end = find(n, sq, sk, tile_m, tile_n, is_causal, window)
+                assert 0 <= start <= unmasked_start <= unmasked_end <= end <= rows
+                assert start >= before[0] and end >= before[1]  # as deterministic mode has it
+                before = start, end
+                for m in range(rows):
+                    # a row's keys are a range, whose ends rise: what the first and the last row see tells of all
+                    last_row = min(sq, (m + 1) * tile_m) - 1
+                    seen = last_row + right >= n * tile_n and m * tile_m + left <= min(sk, (n + 1) * tile_n) - 1
+                    is_whole = (n + 1) * tile_n <= sk
+                    is_whole &= m * tile_m + right >= (n + 1) * tile_n - 1 and last_row + left <= n * tile_n
+                    assert start <= m < end or not seen
+                    assert is_whole or not unmasked_start <= m < unmasked_end
 
 
 def test_configs_fit_the_register_file():
@@ -403,8 +464,9 @@ def test_turns_have_a_second_stage_where_there_is_room():
             more = 4 * chosen.tile_m * chosen.dq_columns * (stages - chosen.stages_dq())
             assert chosen.smem_bytes + more <= config.SMEM_PER_BLOCK
             assert chosen.turn_warps == max(1, min(2, 2 * stages))
-    stages = {d: config.backward_config(d, d).stages_dq(deterministic=True) for d in (64, 80, 96, 128, 192, 256)}
-    assert stages == {64: 2, 80: 2, 96: 2, 128: 2, 192: 1, 256: 0}
+    stages = {(64, 64): 2, (80, 80): 2, (96, 96): 2, (128, 128): 2, (192, 64): 1, (192, 192): 0, (256, 256): 0}
+    for head_dims, expected in stages.items():
+        assert config.backward_config(*head_dims).stages_dq(deterministic=True) == expected, head_dims
 
 
 def test_the_ring_stays_small():
@@ -424,7 +486,7 @@ def test_the_ring_stays_small():
         ((16, 4, 36, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
         ((32, 8, 256, 32, True), 8),
         ((28, 4, 2, 5, True), 28),
-        ((28, 4, 2, 4, True), 4),  # too small
+        ((28, 4, 2, 1, True), 4),  # too small
         ((12, 4, 40, 80, True), 12),
         ((8, 2, 70, 100, True), 4),
         ((16, 16, 4, 100, True), 16),

@@ -421,7 +421,10 @@ def test_a_prepared_launch_is_that_of_the_op(options, heads, heads_kv, sq, sk, d
 
 
 @pytest.mark.parametrize("options", [Options(), Options(True, 0.5), Options(window_left=3, softcap=2.0)])
-@pytest.mark.parametrize(("heads", "heads_kv", "sq", "sk", "d", "dv"), [(4, 4, 9, 9, 64, 64), (6, 2, 1, 30, 64, 128)])
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "sq", "sk", "d", "dv"),
+    [(4, 4, 9, 9, 64, 64), (6, 2, 1, 30, 64, 128), (6, 2, 700, 300, 64, 128)],  # the last one's groups are in parts
+)
 @pytest.mark.parametrize("expanded_dout", [False, True])
 def test_a_prepared_backward_is_that_of_the_op(options, heads, heads_kv, sq, sk, d, dv, expanded_dout, launched):
     def make(n, s, size):

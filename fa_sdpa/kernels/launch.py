@@ -250,11 +250,10 @@ def attention_bwd(
     dq, dk, dv, scratch = _backward_memory(query, key, value, elements)
     grads: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
-        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
-        grads = _unfilled(query.get_device(), _layout(key), _layout(value))
+        grads = _unfilled(query.get_device(), _parts(key, heads), _parts(value, heads))
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
     _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
-    if heads != dk.shape[1]:
+    if heads != key.shape[1]:
         for parts, grad in zip(grads, (dk, dv), strict=True):
             torch.sum(parts.unflatten(1, (grad.shape[1], -1)), 2, out=grad)
     return dq, dk, dv
@@ -296,12 +295,17 @@ def prepared_bwd(
     if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
         return any_run
     run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
-    if heads != key.shape[1]:
-        return any_run
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
     is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
     layout_scratch = (elements,), (1,), torch.float32
+    layout_parts, split = [], []  # of dk and dv where groups are in parts; and with the parts of a head side by side
+    if heads != key.shape[1]:
+        for x in (key, value):
+            layout = _parts(x, heads)
+            parts = torch.empty_strided(*layout[:2], device="meta")
+            layout_parts.append(layout)
+            split.append(_layout(parts.unflatten(1, (x.shape[1], -1)))[:2])
 
     def fast_run(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
@@ -310,10 +314,22 @@ def prepared_bwd(
         if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
             return any_run(dout, query, key, value, out, lse)
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
-        run(dout, query, key, value, out, lse, dq, dk, dv, scratch, *scalars)
+        if not layout_parts:
+            run(dout, query, key, value, out, lse, dq, dk, dv, scratch, *scalars)
+            return dq, dk, dv
+        parts = [empty(*layout) for layout in layout_parts]
+        run(dout, query, key, value, out, lse, dq, *parts, scratch, *scalars)
+        for part, layout, grad in zip(parts, split, (dk, dv), strict=True):
+            torch.sum(part.as_strided(*layout), 2, out=grad)
         return dq, dk, dv
 
     return fast_run
+
+
+def _parts(x: Tensor, heads: int) -> Layout:
+    """Layout of the gradient of so many parts of key's or value's heads, in memory (B, S, H, D)."""
+    batch, _, seqlen, head_dim = x.shape
+    return (batch, heads, seqlen, head_dim), (seqlen * heads * head_dim, head_dim, heads * head_dim, 1), x.dtype
 
 
 class _BackwardLaunch(NamedTuple):
@@ -322,7 +338,7 @@ class _BackwardLaunch(NamedTuple):
     run: Kernel
     scratch: int  # fp32 elements
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
-    heads: int  # of K, V and their gradients in the kernel; see config.backward_heads
+    heads: int  # of dK and dV in the kernel; see config.backward_heads
 
 
 def _backward_launch_of(query: Tensor, key: Tensor, value: Tensor, options: Options) -> _BackwardLaunch:

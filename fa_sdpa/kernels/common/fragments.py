@@ -87,6 +87,14 @@ def _trap(*, loc: object = None, ip: object = None) -> None:
     assemble(None, [], "trap;", "", loc=loc, ip=ip)
 
 
+@dsl_user_op
+def transpose_8x8(pair: Int32, *, loc: object = None, ip: object = None) -> Int32:
+    """Of an 8 x 8 matrix of 16-bit values, two neighbouring ones of row ``lane // 4`` a lane: the same of its
+    transpose. All lanes of a warp take part."""
+    code = "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;"
+    return Int32(assemble(Int32.mlir_type, [pair.ir_value(loc=loc, ip=ip)], code, "=r,r", loc=loc, ip=ip))
+
+
 @cute.jit
 def transpose_in_quad(values: cute.Tensor) -> None:
     """Transpose the 4 x 4 matrix whose row ``l`` is the four 32-bit registers of a quad's lane ``l``, in place."""

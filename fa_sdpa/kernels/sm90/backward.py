@@ -30,7 +30,8 @@ Three splits of the work (config.has_dq_warpgroup, config.splits_keys):
                           of which each has 64 rows, or half of the columns
     64 keys each, dQ      the same but for dQ, which warpgroup 3 multiplies
     shared keys, dQ       head dims whose dK and dV are too many registers: warpgroup 1 has S, P and dV of 64 keys,
-                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (backward_roles.py)
+                          warpgroup 2 dP, dS and dK of them, warpgroup 3 dQ (backward_roles.py); where the sums leave
+                          room for it, of 80 or 96 keys, nothing transposed but the sums (backward_short.py)
 
 Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     k, v    1 stage    TMA, 1 arrival + bytes → the warps that read it; k is released after the tile's last block, v
@@ -40,7 +41,7 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     do      2 stages   TMA, 1 arrival + bytes → 8 warps; released with q, with shared keys after dV and after dP
     q, do   also take blocks of rows: O and dO, or the two halves of the sums of dQ, an even number of times each
     ds      2 stages   8 warps, or the 4 of warpgroup 2 → those that multiply dQ, which arrive at `empty` after it
-    p       1 stage    4 warps → 4 warps (shared keys)
+    p       1 stage    4 warps → 4 warps (shared keys; two in turns in memory where WGMMA reads it, one full at a time)
     units   4 entries  warp 0, 1 arrival → all other warps that work
 
 Named barriers:
@@ -106,6 +107,7 @@ from .backward_order import (
 )
 from .backward_roles import HIDDEN, Place, Roles
 from .backward_rows import THREADS, WARPGROUP, Scratch, await_count, count_up, reset, split_scratch
+from .backward_short import ShortTiles
 from .backward_turns import FILLING, TURN, Turns
 from .backward_units import RowUnits
 from .config import BackwardConfig, round_up
@@ -135,7 +137,7 @@ class Smem(NamedTuple):
     q: cute.Tensor  # (tile_m, width, stages)
     do: cute.Tensor  # (tile_m, width_v, stages)
     ds: cute.Tensor  # (tile_m, tile_n, stages)
-    p: cute.Tensor | None  # (8, WARPGROUP, values / 8 of a thread), 16 bit, not swizzled, where products are shared
+    p: cute.Tensor | None  # where products are shared: (8, WARPGROUP, values / 8 of a thread), or in short tiles as ds
     statistics: cute.Tensor  # (2 · tile_m, stages) fp32: lse in log2 units, then δ
     dq: cute.Tensor | None  # (4, WARPGROUP, values / 4 of a thread, 2, stages_dq) fp32, where there is room
     sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
@@ -179,7 +181,7 @@ class Atoms(NamedTuple):
 
 
 class Mmas(NamedTuple):
-    sdp: cute.TiledMma  # (tile_n, tile_m): S and dP, transposed
+    sdp: cute.TiledMma  # (tile_n, tile_m): S and dP, transposed; this and the next two, in short tiles, (N, M)
     dk: cute.TiledMma  # (tile_n, columns of dK)
     dv: cute.TiledMma  # (tile_n, columns of dV)
     dq: cute.TiledMma  # (tile_m, columns of dQ)
@@ -225,7 +227,7 @@ class Context(NamedTuple):
     place: Place
 
 
-class Backward(Roles, RowUnits, Turns):
+class Backward(Roles, ShortTiles, RowUnits, Turns):
     """Kernels of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
@@ -241,15 +243,14 @@ class Backward(Roles, RowUnits, Turns):
         self.stores_by_tma = config.stores_by_tma
         # Half of the sums of dQ of a block fits where its dO does, and its O where Q does; else each has two stages.
         self.splits_sums, self.splits_rows = self.dq_columns > self.width_v, self.width_v > self.width
-        self.dk_columns, self.dv_columns = (
-            columns if columns <= 192 else 256 for columns in (self.head_dim, self.head_dim_v)
-        )
+        self.transposes_sums, self.p_stages = config.transposes_sums, config.p_stages
+        self.dk_columns, self.dv_columns = config.dk_columns, config.dv_columns
         self.dq_values = self.tile_m * self.dq_columns // THREADS  # of a thread's two
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
         self.deterministic, self.adders, self.turn_warps = key.deterministic, config.adders, config.turn_warps
         self.interleaved = key.is_causal or key.window or key.deterministic
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
-        self.mma_registers, self.producer_registers, self.dq_registers = config.registers
+        *self.mma_registers, self.producer_registers, self.dq_registers = config.registers
 
     def _layouts(self) -> Layouts:
         splits_dq = not self.has_dq_warpgroup and not self.dq_by_rows  # each warpgroup has half of its columns
@@ -267,14 +268,17 @@ class Backward(Roles, RowUnits, Turns):
         """Multiplications into so many columns of dK and dV, and of dQ at a time. More than 192 are multiplied in
         halves, as ptxas takes no instruction with more registers than a thread has at its start."""
         by_rows, by_columns, alone = (2, 1), (1, 2), (1, 1)
+        split = alone if self.has_dq_warpgroup else by_rows if self.dq_by_rows else by_columns
+        dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
+        if self.transposes_sums:
+            sdp, sums = self._short_mmas()
+            return Mmas(sdp, sums, sums, dq)
         rows = by_rows if self.splits_keys else alone
         sdp = tiled_mma(self.dtype, (K_MAJOR, K_MAJOR), rows, self.tile_m)
         dk, dv = (
             tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), rows, columns if columns <= 192 else 128, a_in_registers=True)
             for columns in (dk_columns, dv_columns)
         )
-        split = alone if self.has_dq_warpgroup else by_rows if self.dq_by_rows else by_columns
-        dq = tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), split, dq_columns // split[1])
         return Mmas(sdp, dk, dv, dq)
 
     def _shared_storage(self, layouts: Layouts) -> type:
@@ -302,9 +306,7 @@ class Backward(Roles, RowUnits, Turns):
             sQ: buffer(layouts.q)  # type: ignore[valid-type]
             sdO: buffer(layouts.do)  # type: ignore[valid-type]
             sdS: buffer(layouts.scores)  # type: ignore[valid-type]
-            sP: cute.struct.Align[
-                cute.struct.MemRange[self.dtype, 0 if self.splits_keys else self.tile_m * self.tile_n], 1024
-            ]
+            sP: cute.struct.Align[cute.struct.MemRange[self.dtype, self.p_stages * self.tile_m * self.tile_n], 1024]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
 
         return SharedStorage
@@ -319,8 +321,8 @@ class Backward(Roles, RowUnits, Turns):
         mO: cute.Tensor,  # (b, h, s_q, dv)
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         mdQ: cute.Tensor,  # (b, h, s_q, d)
-        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
-        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mdK: cute.Tensor,  # (b, h_dk, s_k, d), h_dk a multiple of h_kv
+        mdV: cute.Tensor,  # (b, h_dk, s_k, dv)
         mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
@@ -357,9 +359,9 @@ class Backward(Roles, RowUnits, Turns):
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        heads_kv = mK.shape[1]
-        group = heads // heads_kv
-        groups, tiles = heads_kv * batch, cute.ceil_div(mK.shape[2], self.tile_n)
+        heads_dk = mdK.shape[1]  # a multiple of K's: then each head of K has as many groups of query heads
+        group = heads // heads_dk
+        groups, tiles = heads_dk * batch, cute.ceil_div(mK.shape[2], self.tile_n)
         scratch = split_scratch(
             mScratch,
             Int64(blocks * heads * batch),
@@ -382,7 +384,7 @@ class Backward(Roles, RowUnits, Turns):
             Scoring(softmax_scale, softmax_scale_log2, window, cap_factor),
             mmas,
             layouts,
-            Order(heads_kv, groups, tiles, parts, section, sections, ahead, lag, slots),
+            Order(heads_dk, groups, tiles, parts, section, sections, ahead, lag, slots),
             group,
         ).launch(
             grid=[cutlass.min(groups * cutlass.max(tiles, parts), num_sms), 1, 1],
@@ -412,7 +414,6 @@ class Backward(Roles, RowUnits, Turns):
         statistics = cute.make_layout((2 * self.tile_m, self.stages))
         staged_dq = cute.make_layout((4, WARPGROUP, self.dq_values // 4, 2, max(self.stages_dq, 1)))
         sums = cute.make_layout((4, WARPGROUP, self.dq_values // 4))
-        exchanged = cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP)))
         smem = Smem(
             *(
                 buffer.get_tensor(layout.outer, swizzle=layout.inner)
@@ -424,7 +425,7 @@ class Backward(Roles, RowUnits, Turns):
                     (storage.sdS, layouts.scores),
                 )
             ),
-            None if self.splits_keys else storage.sP.get_tensor(exchanged),
+            self._shared_p(storage.sP, layouts.scores),
             storage.statistics.get_tensor(statistics),
             storage.sdQ.get_tensor(staged_dq) if self.stages_dq else None,
             tuple(
@@ -501,18 +502,23 @@ class Backward(Roles, RowUnits, Turns):
                     self.hand_on_turns(gmem, scratch, pipelines.units, scoring.window, qhead_per_kvhead)
         elif cutlass.const_expr(self.has_dq_warpgroup):
             if warp_idx < 12:
-                cute.arch.setmaxregister_increase(self.mma_registers)
+                if cutlass.const_expr(not self.transposes_sums):
+                    cute.arch.setmaxregister_increase(self.mma_registers[0])
                 if cutlass.const_expr(self.splits_keys):
                     self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
                 elif warp_idx < 8:
+                    if cutlass.const_expr(self.transposes_sums):
+                        cute.arch.setmaxregister_increase(self.mma_registers[0])
                     self.score(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
                 else:
+                    if cutlass.const_expr(self.transposes_sums):
+                        cute.arch.setmaxregister_increase(self.mma_registers[1])
                     self.differentiate(gmem, scratch, smem, pipelines, order, mmas, scoring, qhead_per_kvhead)
             else:
                 cute.arch.setmaxregister_decrease(self.dq_registers)
                 self.multiply_dq(gmem, scratch, smem, pipelines, order, mmas, scoring.window, qhead_per_kvhead)
         else:
-            cute.arch.setmaxregister_increase(self.mma_registers)
+            cute.arch.setmaxregister_increase(self.mma_registers[0])
             self.mma(gmem, scratch, smem, pipelines, order, mmas, layouts, scoring, qhead_per_kvhead)
 
     def _in_stages(
@@ -537,9 +543,18 @@ class Backward(Roles, RowUnits, Turns):
             defer_sync=True,
         )
 
+    def _shared_p(self, buffer, scores: cute.ComposedLayout) -> cute.Tensor | None:
+        """P as one warpgroup gives it to another: laid out as dS for WGMMA, or thread by thread."""
+        if self.splits_keys:
+            return None
+        if self.transposes_sums:
+            return buffer.get_tensor(scores.outer, swizzle=scores.inner)
+        return buffer.get_tensor(cute.make_layout((8, WARPGROUP, self.tile_m * self.tile_n // (8 * WARPGROUP))))
+
     @cute.jit
     def _row(self, wg: Int32) -> Int32:
-        """Key of the tile of this thread's first row of S, of dK and of dV; its second is 8 keys further on."""
+        """Key of the tile of this thread's first row of S, of dK and of dV; its second is 8 keys further on. In short
+        tiles query of the block, of S alone."""
         tidx = fragments.read_thread_idx() % WARPGROUP
         row = tidx // 32 * 16 + tidx % 32 // 4
         if cutlass.const_expr(self.splits_keys):
@@ -547,12 +562,12 @@ class Backward(Roles, RowUnits, Turns):
         return row
 
     def _join_group(self, unit: Unit, gmem: Gmem) -> Int32:
-        """Key/value head and sequence of a unit in one register, until dK or dV is stored."""
-        return unit.batch * gmem.k.shape[2] + unit.head
+        """Head of dK and dV and sequence of a unit in one register, until dK or dV is stored."""
+        return unit.batch * gmem.dk.shape[2] + unit.head
 
     def _split_group(self, group: Int32, gmem: Gmem) -> tuple[Int32, Int32]:
-        """Key/value head and sequence."""
-        heads = gmem.k.shape[2]
+        """Head of dK and dV and sequence."""
+        heads = gmem.dk.shape[2]
         return group % heads, group // heads
 
     @cute.jit
@@ -583,7 +598,8 @@ class Backward(Roles, RowUnits, Turns):
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 start, _, _, end = self._query_blocks(unit.index, gmem, window)
-                gK, gV = gmem.k[None, None, unit.head, unit.batch], gmem.v[None, None, unit.head, unit.batch]
+                head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
+                gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
                 total = (end - start) * qhead_per_kvhead
@@ -1106,7 +1122,7 @@ class Backward(Roles, RowUnits, Turns):
 def example_arguments(key: KernelKey) -> tuple:
     """Tensors without data, for ``cute.compile``: everything symbolic but the head dims and the unit stride."""
     dtype = DTYPES[key.dtype]
-    batch, heads, heads_kv = cute.sym_int(), cute.sym_int(), cute.sym_int()
+    batch, heads, heads_kv, heads_dk = (cute.sym_int() for _ in range(4))
     seqlen_q, seqlen_k = cute.sym_int(), cute.sym_int()
 
     def tensor(num_heads: cute.SymInt, seqlen: cute.SymInt, head_dim: int) -> cute.Tensor:
@@ -1124,7 +1140,7 @@ def example_arguments(key: KernelKey) -> tuple:
     return (
         *(tensor(*shape) for shape in shapes),
         lse,
-        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
+        *(tensor(*shape) for shape in (of_query, (heads_dk, *of_key[1:]), (heads_dk, *of_value[1:]))),
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),

@@ -1,6 +1,7 @@
 """In which order the backward does its work, and how it reaches the CTAs and their warps.
 
-A group is a key/value head of a sequence with the query heads that share it. Each group has units of three kinds:
+A group is a key/value head of a sequence with the query heads that share it, or with some of them
+(config.backward_heads). Each group has units of three kinds:
 
     PREPARE    one for each PART_BLOCKS blocks of query rows: their lse and δ; zeros for the first user of a slot
     MULTIPLY   one for each tile of keys: its dK and dV, and additions to the group's sums of dQ
@@ -42,7 +43,7 @@ WARPS = 16  # of a CTA, at most
 class Order(NamedTuple):
     """The work of a launch."""
 
-    heads: Int32  # of keys and values
+    heads: Int32  # of dK and dV
     groups: Int32  # heads · batch
     tiles: Int32  # of keys, of a group
     parts: Int32  # units that prepare a group, and that convert it

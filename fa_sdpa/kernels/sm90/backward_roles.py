@@ -8,7 +8,7 @@ Pᵀ and dSᵀ of 64 keys × tile_m queries are the register operands of dV and 
 of all columns that it has: shared memory delivers Q, dO and K or V once for each, and not once for each warpgroup. P
 goes to `differentiate` in 16 bit through shared memory, each thread's values to the same thread of the other warpgroup
 (with a softcap times its derivative, which dV does without); dS goes to `multiply_dq` as usual. What registers are left
-hold the first columns of K and V (config.k_slices, v_slices).
+hold the first columns of K and V (config.k_slices, v_slices). Tiles of 80 or 96 keys: backward_short.py.
 
 Warpgroups 1 and 2 do the units about rows between tiles; `multiply_dq` goes on to its next tile.
 
@@ -33,6 +33,7 @@ from ..common.atomics import add_fragment
 from ..common.mask import mask_left, mask_right
 from .backward_order import END, MULTIPLY, Order, Unit, get_unit
 from .backward_rows import WARPGROUP, Scratch, count_up
+from .backward_short import DS_WRITTEN, P_WRITTEN
 from .backward_turns import DQ_EMPTY, DQ_FULL, FILLING
 from .wgmma import K_MAJOR, issue, tiled_mma, transposed
 
@@ -178,10 +179,26 @@ class Roles:
     ) -> None:
         """Warpgroup that multiplies S and dV of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
+        regs = self._score_operands(mmas, smem)
+        context = (mmas, regs, smem, pipelines, scoring, place)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
+            if unit.kind == MULTIPLY:
+                state = self._score_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
+            unit, tile = get_unit(pipelines.units)
+
+    def _score_operands(self, mmas: "Mmas", smem: "Smem") -> ScoreOperands:
         partition = self._partitions()
+        if self.transposes_sums:
+            rP, acc_S = (self._short_scores(mmas, dtype) for dtype in (self.dtype, Float32))
+            tSrK, tSrQ, tVrP, tVrdO = self._short_operands(partition.dv, smem.k, smem.q, smem.p, smem.do)
+            acc_dV = self._short_sums(mmas.dv, self.dv_columns)
+            return ScoreOperands(tSrK, tSrQ, tVrP, tVrdO, None, rP, acc_S, acc_dV)
         sdp, dv = partition.sdp.get_slice(0), partition.dv.get_slice(0)
         rP = self._accumulator(mmas.sdp, self.tile_m, self.dtype)
-        regs = ScoreOperands(
+        return ScoreOperands(
             tSrK=sdp.make_fragment_A(sdp.partition_A(smem.k)),
             tSrQ=sdp.make_fragment_B(sdp.partition_B(smem.q)),
             tVrP=fragments.as_operand_a(rP),
@@ -191,14 +208,6 @@ class Roles:
             acc_S=self._accumulator(mmas.sdp, self.tile_m),
             acc_dV=self._accumulator(mmas.dv, self.dv_columns),
         )
-        context = (mmas, regs, smem, pipelines, scoring, place)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        unit, tile = get_unit(pipelines.units)
-        while unit.kind != END:
-            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
-            if unit.kind == MULTIPLY:
-                state = self._score_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            unit, tile = get_unit(pipelines.units)
 
     @cute.jit
     def _score_tile(
@@ -217,7 +226,7 @@ class Roles:
         query_range = self._query_blocks(unit.index, gmem, scoring.window)
         start, _, _, end = query_range
         unmasked, masked = self._masked(query_range, qhead_per_kvhead)
-        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
+        first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
         self._load_columns(smem.k, regs.rK, place)
@@ -229,7 +238,7 @@ class Roles:
             while left > unmasked:
                 left -= 1
                 m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                limits = self._limits_of(first_key, m_block, place, seqlen_k, scoring.window)
                 self._score_block(context, state, left, limits)
                 state.advance()
         while left > masked:
@@ -240,13 +249,13 @@ class Roles:
             while left > 0:
                 left -= 1
                 m_block = self._visited(left, start, end, qhead_per_kvhead)
-                limits = self._limits(first_key, m_block, place, seqlen_k, scoring.window)
+                limits = self._limits_of(first_key, m_block, place, seqlen_k, scoring.window)
                 self._score_block(context, state, left, limits)
                 state.advance()
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(kv_state)
         head, batch = self._split_group(group, gmem)
-        self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
+        self._store_sums(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
         return state
 
     @cute.jit
@@ -255,7 +264,7 @@ class Roles:
         context: tuple,  # as Context, of ScoreOperands
         state: pipeline.PipelineState,  # of this block's Q and dO
         left: Int32,  # how many blocks of this tile come after this one
-        limits: tuple[cute.Tensor, cute.Tensor | None] | None,  # see _limits; None: every row sees every key
+        limits: tuple[cute.Tensor | None, cute.Tensor | None] | None,  # see _limits_of; None: every row sees every key
     ) -> None:
         """P and dV of one block of queries, whose S is being multiplied already, and the next one's S."""
         mmas, regs, smem, pipelines, scoring, place = context
@@ -265,10 +274,14 @@ class Roles:
             softmax.cap_scores(regs.acc_S, scoring.cap_factor)
         if cutlass.const_expr(limits is not None):
             fill = -math.inf if scoring.cap_factor is None else HIDDEN
-            mask_left(regs.acc_S, limits[0], fill)
-            if cutlass.const_expr(self.has_window):
+            if cutlass.const_expr(limits[0] is not None):
+                mask_left(regs.acc_S, limits[0], fill)
+            if cutlass.const_expr(limits[1] is not None):
                 mask_right(regs.acc_S, limits[1], fill)
-        self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_weights(regs.acc_S, self._short_statistics(smem, stage, 0), scoring)
+        else:
+            self._weights(regs, self._statistics(smem, stage, 0, place), scoring)
         cute.arch.sync_warp()
         pipelines.q.consumer_release(state)
         rounded = cute.make_rmem_tensor(regs.acc_S.layout, self.dtype)  # P, or with a softcap P times its derivative
@@ -278,10 +291,18 @@ class Roles:
             if cutlass.const_expr(not self.has_softcap):
                 self._slices(regs.rP)[None, k].store(rounded[None, k].load())
         cute.arch.mbarrier_wait(pipelines.p_empty, stage ^ 1)
-        self._exchange_p(smem, place, rounded, writes=True)
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_write(mmas, regs.rP, smem.p[None, None, stage], place)
+        else:
+            self._exchange_p(smem, place, rounded, writes=True)
         self._arrive(pipelines.p_full)
         pipelines.do.consumer_wait(state)
-        issue(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        if cutlass.const_expr(self.transposes_sums):
+            cute.arch.barrier(barrier_id=P_WRITTEN, number_of_threads=WARPGROUP)
+            self._short_issue(mmas.dv, regs.acc_dV, regs.tVrP, regs.tVrdO, stage)
+        else:
+            tVrdO = regs.tVrdO[None, None, None, stage]
+            issue(mmas.dv, regs.acc_dV, regs.tVrP, tVrdO, self.tile_m // 16, zero_init=False)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -304,10 +325,26 @@ class Roles:
     ) -> None:
         """Warpgroup that multiplies dP and dK of all tiles of this CTA, and does its part of the other units."""
         place = self._place_alone()
+        regs = self._gradient_operands(mmas, smem)
+        context = (mmas, regs, smem, pipelines, scoring, place)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
+        unit, tile = get_unit(pipelines.units)
+        while unit.kind != END:
+            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
+            if unit.kind == MULTIPLY:
+                state = self._differentiate_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
+            unit, tile = get_unit(pipelines.units)
+
+    def _gradient_operands(self, mmas: "Mmas", smem: "Smem") -> GradientOperands:
         partition = self._partitions()
+        if self.transposes_sums:
+            rP, rdS, acc_dP = (self._short_scores(mmas, dtype) for dtype in (self.dtype, self.dtype, Float32))
+            tPrV, tPrdO, tKrdS, tKrQ = self._short_operands(partition.dk, smem.v, smem.do, smem.ds, smem.q)
+            acc_dK = self._short_sums(mmas.dk, self.dk_columns)
+            return GradientOperands(tPrV, tPrdO, tKrdS, tKrQ, None, rP, rdS, acc_dP, acc_dK)
         sdp, dk = partition.sdp.get_slice(0), partition.dk.get_slice(0)
         rP, rdS = (self._accumulator(mmas.sdp, self.tile_m, self.dtype) for _ in range(2))
-        regs = GradientOperands(
+        return GradientOperands(
             tPrV=sdp.make_fragment_A(sdp.partition_A(smem.v)),
             tPrdO=sdp.make_fragment_B(sdp.partition_B(smem.do)),
             tKrdS=fragments.as_operand_a(rdS),
@@ -318,14 +355,6 @@ class Roles:
             acc_dP=self._accumulator(mmas.sdp, self.tile_m),
             acc_dK=self._accumulator(mmas.dk, self.dk_columns),
         )
-        context = (mmas, regs, smem, pipelines, scoring, place)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.stages)
-        unit, tile = get_unit(pipelines.units)
-        while unit.kind != END:
-            self._do_rows(context, gmem, scratch, unit, state, qhead_per_kvhead)
-            if unit.kind == MULTIPLY:
-                state = self._differentiate_tile(context, gmem, unit, tile, state, qhead_per_kvhead)
-            unit, tile = get_unit(pipelines.units)
 
     @cute.jit
     def _differentiate_tile(
@@ -341,7 +370,7 @@ class Roles:
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         start, _, _, end = self._query_blocks(unit.index, gmem, scoring.window)
-        first_key, group = unit.index * self.tile_n + self._row(place.wg), self._join_group(unit, gmem)
+        first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.v.consumer_wait(kv_state)
         self._load_columns(smem.v, regs.rV, place)
@@ -357,18 +386,26 @@ class Roles:
         pipelines.v.consumer_release(kv_state)
         head, batch = self._split_group(group, gmem)
         target = gmem.dk[None, None, head, batch]
-        self._store(regs.acc_dK, target, first_key, scoring.softmax_scale)
+        self._store_sums(regs.acc_dK, target, first_key, scoring.softmax_scale)
         return state
 
     @cute.jit
     def _issue_dp(self, mmas: "Mmas", regs: GradientOperands, state: pipeline.PipelineState) -> None:
         tPrdO = regs.tPrdO[None, None, None, state.index]
-        self._issue_from(mmas, regs.acc_dP, regs.rV, regs.tPrV[None, None, None, 0], tPrdO, self.head_dim_v // 16)
+        tPrV, slices = regs.tPrV[None, None, None, 0], self.head_dim_v // 16
+        if cutlass.const_expr(self.transposes_sums):
+            issue(mmas.sdp, regs.acc_dP, tPrdO, tPrV, slices, zero_init=True)
+        else:
+            self._issue_from(mmas, regs.acc_dP, regs.rV, tPrV, tPrdO, slices)
 
     @cute.jit
     def _issue_scores(self, mmas: "Mmas", regs: ScoreOperands, state: pipeline.PipelineState) -> None:
         tSrQ = regs.tSrQ[None, None, None, state.index]
-        self._issue_from(mmas, regs.acc_S, regs.rK, regs.tSrK[None, None, None, 0], tSrQ, self.head_dim // 16)
+        tSrK, slices = regs.tSrK[None, None, None, 0], self.head_dim // 16
+        if cutlass.const_expr(self.transposes_sums):
+            issue(mmas.sdp, regs.acc_S, tSrQ, tSrK, slices, zero_init=True)
+        else:
+            self._issue_from(mmas, regs.acc_S, regs.rK, tSrK, tSrQ, slices)
 
     @cute.jit
     def _issue_from(
@@ -426,26 +463,33 @@ class Roles:
         """dS and dK of one block of queries, whose dP is being multiplied already, and the next one's dP."""
         stage = state.index
         pipelines.q.consumer_wait(state)
-        delta = self._statistics(smem, stage, self.tile_m, place)
+        if cutlass.const_expr(self.transposes_sums):
+            delta = self._short_statistics(smem, stage, self.tile_m)
+        else:
+            delta = self._statistics(smem, stage, self.tile_m, place)
         warpgroup.wait_group(0)
         pipelines.do.consumer_release(state)
         cute.arch.mbarrier_wait(pipelines.p_full, stage)
-        weights = self._slices(regs.rP)
-        self._exchange_p(smem, place, weights, writes=False)
-        self._arrive(pipelines.p_empty)
-        gradients, rounded = self._slices(regs.acc_dP), self._slices(regs.rdS)
-        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
-            wide = cute.make_rmem_tensor(8, Float32)
-            wide.store(weights[None, k].load().to(Float32))
-            for half in cutlass.range_constexpr(2):
-                pair = delta[None, 2 * k + half].load()
-                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
-                    gradients[i, k] = wide[i] * (gradients[i, k] - pair[i % 2])
-            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_read(mmas, smem.p[None, None, stage], regs.rP, place)
+            self._arrive(pipelines.p_empty)
+            self._short_gradients(regs.acc_dP, regs.rP, regs.rdS, delta)
+        else:
+            self._exchange_p(smem, place, self._slices(regs.rP), writes=False)
+            self._arrive(pipelines.p_empty)
+            self._gradients(regs, delta)
         cute.arch.mbarrier_wait(pipelines.ds_empty + stage, state.phase ^ 1)
-        self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_write(mmas, regs.rdS, smem.ds[None, None, stage], place)
+        else:
+            self._store_scores(mmas, regs.rdS, smem.ds[None, None, stage], place)
         self._arrive(pipelines.ds_full + stage)
-        issue(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ[None, None, None, stage], self.tile_m // 16, zero_init=False)
+        if cutlass.const_expr(self.transposes_sums):
+            cute.arch.barrier(barrier_id=DS_WRITTEN, number_of_threads=WARPGROUP)
+            self._short_issue(mmas.dk, regs.acc_dK, regs.tKrdS, regs.tKrQ, stage)
+        else:
+            tKrQ = regs.tKrQ[None, None, None, stage]
+            issue(mmas.dk, regs.acc_dK, regs.tKrdS, tKrQ, self.tile_m // 16, zero_init=False)
         following = state.clone()
         following.advance()
         if left > 0:
@@ -454,6 +498,44 @@ class Roles:
         warpgroup.wait_group(1)  # dK
         cute.arch.sync_warp()  # all lanes have read δ
         pipelines.q.consumer_release(state)
+
+    @cute.jit
+    def _gradients(self, regs: GradientOperands, delta: cute.Tensor) -> None:
+        """dS = P ∘ (dP - δ) in 16 bit, of keys × queries."""
+        weights, gradients, rounded = self._slices(regs.rP), self._slices(regs.acc_dP), self._slices(regs.rdS)
+        for k in cutlass.range_constexpr(cute.size(gradients, mode=[1])):
+            wide = cute.make_rmem_tensor(8, Float32)
+            wide.store(weights[None, k].load().to(Float32))
+            for half in cutlass.range_constexpr(2):
+                pair = delta[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4 * half, 4 * half + 4):
+                    gradients[i, k] = wide[i] * (gradients[i, k] - pair[i % 2])
+            rounded[None, k].store(gradients[None, k].load().to(self.dtype))
+
+    @cute.jit
+    def _first_key(self, unit: Unit, place: Place) -> Int32:
+        """First key of a tile, or where keys are rows of S the first one of this thread."""
+        first_key = unit.index * self.tile_n
+        if cutlass.const_expr(not self.transposes_sums):
+            first_key += self._row(place.wg)
+        return first_key
+
+    @cute.jit
+    def _limits_of(self, first_key: Int32, m_block: Int32, place: Place, seqlen_k: Int32, window: "Window | None"):
+        """``(starts, ends)`` of the columns of S that each of this thread's two rows sees; None: no such limit.
+        ``first_key``: see _first_key."""
+        if cutlass.const_expr(self.transposes_sums):
+            return self._short_limits(first_key, m_block, seqlen_k, window)
+        else:
+            return self._limits(first_key, m_block, place, seqlen_k, window)
+
+    @cute.jit
+    def _store_sums(self, acc: cute.Tensor, mX: cute.Tensor, first_key: Int32, scale: Float32) -> None:
+        """Round scale · dV or dK and write this thread's part. ``first_key``: see _first_key."""
+        if cutlass.const_expr(self.transposes_sums):
+            self._short_store(acc, mX, first_key, scale)
+        else:
+            self._store(acc, mX, first_key, scale)
 
     def _place_alone(self) -> Place:
         """This thread's place where its warpgroup has all of S or dP."""

@@ -20,6 +20,7 @@ SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_HEAD_DIM = 256  # what one WGMMA can be wide
+SHORT_TILES = (80, 96)  # keys of tiles of the backward that are shared and no multiple of 64
 TILE_REGISTERS = 192  # per thread, for S, P and O of two MMA warpgroups; what is left of 240 holds everything else
 
 
@@ -117,7 +118,8 @@ class BackwardConfig:
 
     With ``tile_n`` 128 two MMA warpgroups have 64 keys each, and dK and dV for them. With 64 one has S, P and dV of all
     keys, the other dP, dS and dK; that serves the head dims at which dK and dV of 64 keys are too many registers for
-    one warpgroup. A third one multiplies dQ where that leaves the others enough registers.
+    one warpgroup. So do SHORT_TILES, with dK and dV multiplied transposed. A third one multiplies dQ where that leaves
+    the others enough registers.
     """
 
     head_dim: int
@@ -131,8 +133,8 @@ class BackwardConfig:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
-        if self.tile_n not in (64, 128):
-            raise ValueError(f"{self.tile_n=} must be 64 or 128")
+        if self.tile_n not in (64, *SHORT_TILES, 128):
+            raise ValueError(f"{self.tile_n=} must be 64, one of {SHORT_TILES} or 128")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
         if self.tile_m != 64 and not self.splits_keys:
@@ -149,19 +151,51 @@ class BackwardConfig:
         return 3 if self.has_dq_warpgroup else 2
 
     @property
-    def registers(self) -> tuple[int, int, int]:
-        """Registers per thread of an MMA warpgroup, of the producer, and of dQ's warpgroup or 0, after reallocation
-        (64 K per SM)."""
+    def registers(self) -> tuple[int, int, int, int]:
+        """Registers per thread of the two MMA warpgroups, of the producer, and of dQ's warpgroup or 0, after
+        reallocation (64 K per SM). In short tiles what is left beside dV and dK is the same for both."""
         if not self.has_dq_warpgroup:
-            return 240, 24, 0
+            return 240, 240, 24, 0
         dq = round_up(self.dq_chunk // 2, 8) + 32  # with 24, ptxas ignores the limit, and all others with it (C7507)
-        mma = (512 - 24 - dq) // 16 * 8
-        return mma, 512 - 2 * mma - dq, dq
+        both = 512 - 24 - dq
+        first = second = both // 16 * 8
+        if self.transposes_sums:
+            first = (both + (self.dv_columns - self.dk_columns) * self.tile_n // 128) // 16 * 8
+            second = both - first
+        return first, second, 512 - first - second - dq, dq
 
     @property
     def splits_keys(self) -> bool:
         """Whether each MMA warpgroup has keys of its own."""
         return self.tile_n == 128
+
+    @property
+    def transposes_sums(self) -> bool:
+        """Whether dK and dV are multiplied transposed, columns × keys, for which keys need be no multiple of 64."""
+        return self.tile_n in SHORT_TILES
+
+    @property
+    def dk_columns(self) -> int:
+        """Columns of dK that are multiplied."""
+        return self._sum_columns(self.head_dim_mma)
+
+    @property
+    def dv_columns(self) -> int:
+        """Columns of dV that are multiplied."""
+        return self._sum_columns(self.head_dim_v_mma)
+
+    def _sum_columns(self, columns: int) -> int:
+        if self.transposes_sums:
+            return round_up(columns, 64)
+        return columns if columns <= 192 else 256
+
+    @property
+    def p_stages(self) -> int:
+        """Blocks of P in shared memory. Two where WGMMA reads it there: that of one block is written while another
+        warp may still read the one before it."""
+        if self.splits_keys:
+            return 0
+        return self.stages if self.transposes_sums else 1
 
     @property
     def has_dq_warpgroup(self) -> bool:
@@ -182,10 +216,9 @@ class BackwardConfig:
 
     def _slices(self, columns: int, accumulated: int) -> int:
         """Slices of 4 registers beside S and P in 16 bit, or dP and dS, and dV or dK of so many columns."""
-        if self.splits_keys:
+        if self.splits_keys or self.transposes_sums:
             return 0
-        sums = accumulated if accumulated <= 192 else 256
-        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - sums // 2
+        room = self.registers[0] - 32 - 3 * self.tile_m // 4 - self._sum_columns(accumulated) // 2
         return max(0, min(columns // 16, room // 4))
 
     @property
@@ -248,6 +281,8 @@ class BackwardConfig:
     def stages_dq(self, deterministic: bool = False) -> int:
         """Blocks of dQ in shared memory, to be added to global memory from there; with 0 that happens from registers. A
         second one is for turns in deterministic mode."""
+        if self.transposes_sums:
+            return 0
         wanted = range(2 if deterministic else 1, 0, -1)
         return next((stages for stages in wanted if self._smem_bytes(stages) <= SMEM_PER_BLOCK), 0)
 
@@ -270,7 +305,7 @@ class BackwardConfig:
         scores = self.tile_m * self.tile_n
         dq = 4 * self.tile_m * self.dq_columns * stages_dq
         tiles = 2 * (self.tile_n * width + self.stages * (self.tile_m * width + scores))
-        tiles += 0 if self.splits_keys else 2 * scores
+        tiles += 2 * self.p_stages * scores
         return tiles + 8 * self.tile_m * self.stages + dq + BARRIER_BYTES
 
 
@@ -446,9 +481,23 @@ def backward_config(head_dim: int, head_dim_v: int, softcap: bool = False) -> Ba
     columns = round_up(head_dim, 16) + round_up(head_dim_v, 16)
     smem = 768 * round_up(head_dim, 64) + 512 * round_up(head_dim_v, 64)
     if columns > (192 if softcap else 256) or smem > 192 << 10:
-        return BackwardConfig(head_dim, head_dim_v, 64, 64, 2)
+        return BackwardConfig(head_dim, head_dim_v, 64, _shared_keys(head_dim, head_dim_v, softcap), 2)
     wide = max(head_dim, head_dim_v) <= 64 and not softcap
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2)
+
+
+def _shared_keys(head_dim: int, head_dim_v: int, softcap: bool) -> int:
+    """Keys of a tile whose products the warpgroups share.
+
+    The fewer they are, the more often Q, dO and dQ cross L2, which limits tiles of 64. More leave room for S and 32
+    other registers beside dV or dK: 80 at d192, 96 where one of them has 128 columns. Not where that multiplies columns
+    of zeros, 64 at a time. On an H100 (bf16, 4k, full / causal, TFLOP/s) instead of 64: d192 447 / 399 → 508 / 461, and
+    192 / 128 370 / 350 → 507 / 432.
+    """
+    columns = [round_up(value, 16) for value in (head_dim, head_dim_v)]
+    if softcap or max(columns) > 192 or any(value % 64 for value in columns):
+        return 64
+    return 96 if min(columns) <= 128 else 80
 
 
 class Schedule(NamedTuple):
@@ -490,18 +539,18 @@ def backward_schedule(
 def backward_heads(
     heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
 ) -> int:
-    """How many heads K and V are copied to, and dK and dV computed of, a multiple of heads_kv that divides heads, where
-    a key/value head has ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The
-    gradients of a key/value head are then added up.
+    """How many heads dK and dV are computed of, a multiple of heads_kv that divides heads, where a key/value head has
+    ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The gradients of a key/value
+    head are then added up.
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 50 µs: that takes four launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes two launches more.
     In deterministic mode with a mask, a head of its own also from HEAD_BLOCKS blocks on: the tiles of a group are all
     over its queries, and those of several heads do not fit L2.
     """
     group = heads // heads_kv
-    if group * blocks < 32:
+    if group * blocks < 12:
         return heads_kv
     if deterministic and is_masked and blocks >= HEAD_BLOCKS:
         return heads
