@@ -242,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="fa_sdpa bench host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=1000, help="calls in a round")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--calls", type=int, default=100, help="calls in a round")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)
 
