@@ -1,6 +1,7 @@
 // The control of sm90_sanitize.py for racecheck: two stages of shared memory, filled by bulk copies that complete a
-// `full` mbarrier, read by 128 threads of which each arrives at an `empty` mbarrier before the stage is filled again.
-// Nothing here is unordered, so what racecheck reports of it is not a race. Prints "right" if the sums are.
+// `full` mbarrier, read by 128 threads before the stage is filled again. At its `empty` mbarrier each of them arrives, or
+// with an argument one lane of each warp behind a warp barrier, as the kernels do it. Nothing here is unordered, so what
+// racecheck reports of it is not a race. Prints "right" if the sums are.
 #include <cstdint>
 #include <cstdio>
 
@@ -16,13 +17,15 @@ __device__ void wait(uint64_t* barrier, int phase) {
       : "memory");
 }
 
+template <bool BY_WARPS>
 __global__ void pipeline(const float* in, float* out, int blocks) {
   __shared__ alignas(128) float tiles[STAGES][THREADS];
   __shared__ alignas(8) uint64_t full[STAGES], empty[STAGES];
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&full[stage])));
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&empty[stage])), "r"(THREADS));
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&empty[stage])),
+                   "r"(BY_WARPS ? THREADS / 32 : THREADS));
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -48,18 +51,22 @@ __global__ void pipeline(const float* in, float* out, int blocks) {
     int stage = block % STAGES;
     wait(&full[stage], block / STAGES % 2);
     sum += tiles[stage][threadIdx.x];
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&empty[stage])) : "memory");
+    if (BY_WARPS) __syncwarp();
+    if (!BY_WARPS || threadIdx.x % 32 == 0) {
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&empty[stage])) : "memory");
+    }
   }
   out[threadIdx.x] = sum;
 }
 
-int main() {
+int main(int count, char**) {
   static float in[BLOCKS * THREADS], out[THREADS];
   for (int i = 0; i < BLOCKS * THREADS; ++i) in[i] = static_cast<float>(i);
   float *device_in, *device_out;
   if (cudaMalloc(&device_in, sizeof(in)) != cudaSuccess || cudaMalloc(&device_out, sizeof(out)) != cudaSuccess) return 1;
   if (cudaMemcpy(device_in, in, sizeof(in), cudaMemcpyHostToDevice) != cudaSuccess) return 1;
-  pipeline<<<1, THREADS + 32>>>(device_in, device_out, BLOCKS);
+  auto kernel = count > 1 ? pipeline<true> : pipeline<false>;
+  kernel<<<1, THREADS + 32>>>(device_in, device_out, BLOCKS);
   if (cudaMemcpy(out, device_out, sizeof(out), cudaMemcpyDeviceToHost) != cudaSuccess) return 1;
   bool right = true;
   for (int thread = 0; thread < THREADS; ++thread) {

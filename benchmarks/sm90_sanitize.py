@@ -459,14 +459,17 @@ def racecheck_control(timeout: int) -> str:
         program = Path(folder, "control")
         build = ["nvcc", "-arch=sm_90a", "-o", str(program), str(CONTROL)]
         command = ["compute-sanitizer", "--tool", "racecheck", str(program)]
+        said = []
         try:
             subprocess.run(build, check=True, capture_output=True, timeout=timeout)
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+            for who, arguments in (("threads", []), ("a lane of each warp", ["warps"])):
+                done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout)
+                summary = re.findall(r"RACECHECK SUMMARY: .*", done.stdout)
+                right = "right results" if "right" in done.stdout else "wrong results"
+                said.append(f"{who}: {right}, {summary[-1] if summary else done.stdout[-300:]}")
         except subprocess.SubprocessError as error:
             return f"the control did not run: {error}"
-    summary = re.findall(r"RACECHECK SUMMARY: .*", done.stdout)
-    right = "right results" if "right" in done.stdout else "wrong results"
-    return f"a pipeline of bulk copies by the book: {right}, {summary[-1] if summary else done.stdout[-300:]}"
+    return f"a pipeline of bulk copies by the book, to whose mbarrier arrive {'; '.join(said)}"
 
 
 def run_under(tool: str, what: Sequence[str], timeout: int) -> tuple[int, str]:
