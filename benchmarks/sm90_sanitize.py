@@ -407,8 +407,8 @@ def run_control(direction: str) -> None:
     if direction == "forward":
         launch.attention_fwd(query, key, value, torch.empty(4, device="cuda"), case.options)
     elif direction == "masked":
-        mask = torch.empty(300, 400, dtype=torch.bool, device="cuda")
-        launch.attention_fwd(query, key, value, None, case.options, mask)
+        unwritten = torch.empty(300, 400, dtype=torch.bool, device="cuda")
+        launch.attention_fwd(query, key, value, None, case.options, unwritten)
     else:
         dout, out = (torch.randn(query.shape).to(query.dtype).cuda() for _ in range(2))
         lse = torch.empty(query.shape[:3], dtype=torch.float32, device="cuda")
