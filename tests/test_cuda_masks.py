@@ -84,21 +84,23 @@ def test_lists_and_bits(sq, sk, window, dtype, tile_m, tile_n):
         block = value[m * tile_m : (m + 1) * tile_m]
         low = (block <= -6e4) & (block > -math.inf)
         takes_low = bool((low.any(1) & ~(block >= -3e4).any(1)).any())
-        whole, bits, biased = [], [], []
+        whole, bits, biased, hiding = [], [], [], []
         for n in range(n_blocks):
             tile = padded(block[:, n * tile_n : (n + 1) * tile_n], len(block), tile_n, -math.inf)
             seen = tile > -6e4
             if (seen & (tile != 0)).any() or takes_low and ((tile <= -6e4) & (tile > -math.inf)).any():
-                biased.append(n)
+                (hiding if (tile == -math.inf).any() else biased).append(n)
             elif seen.any():
                 (whole if seen.all() else bits).append(n)
         entries = done.lists[0, 0, m].tolist()
+        clear_end = 0 if dtype is torch.bool else len(whole) + len(bits) + len(biased)
+        biased += hiding
         if not (whole or bits or biased):
             bits = [0]
         ends = [len(whole), len(whole) + len(bits), len(whole) + len(bits) + len(biased)]
         far = padded(block, len(block), n_blocks * tile_n, -math.inf).unflatten(1, (n_blocks, tile_n))[:, biased]
         is_far = bool(((far.abs() >= 6e4) & far.isfinite()).any())
-        assert entries[: config.LIST_HEADER + ends[2]] == [*ends, int(is_far), *whole, *bits, *biased]
+        assert entries[: config.LIST_HEADER + ends[2]] == [*ends, 2 * clear_end + is_far, *whole, *bits, *biased]
         rows = slice(m * tile_m, m * tile_m + len(block))
         for n in bits:
             tile = padded(block[:, n * tile_n : (n + 1) * tile_n], len(block), tile_n, -math.inf)

@@ -363,6 +363,20 @@ def test_masks_that_are_gone_are_not_kept(preparations, dtype):
         assert len(masks._kept) == masks.KEPT
 
 
+def test_what_is_kept_is_small_or_much_smaller_than_the_mask(preparations, monkeypatch):
+    launched, load = preparations
+    monkeypatch.setattr(masks, "KEPT_BYTES", 0)
+    bias, row = (
+        torch.randn(1, 4, 300, 512),
+        torch.randn(1, 1, 1, 512),
+    )  # of a row with a window there is more than of it
+    with masks.in_eager_mode():
+        for mask, tiles, launches in ((bias, TILES, 1), (row, TILES._replace(left=-5), 3)):
+            for _ in range(2):
+                masks.prepared(mask, tiles._replace(seqlen_k=512), load)
+            assert len(launched) == launches
+
+
 @pytest.mark.parametrize(
     ("mask", "sizes"),
     [
@@ -385,8 +399,9 @@ def test_what_is_broadcast_is_read_and_written_once(preparations, mask, sizes):
     assert done.lists.shape == (2, 4, 3, LIST_HEADER + 8) and done.bits.shape == (2, 4, planes * 8, 384, 4)
     assert done.lists.data_ptr() == lists.data_ptr() and done.bits.data_ptr() == bits.data_ptr()
     if done.bias is not None:
-        assert done.bias.shape == (2, 4, sizes[2], 512) and done.bias.stride(3) == 1
-        torch.testing.assert_close(done.bias[..., :500], mask[:, :, : sizes[2]].expand(2, 4, sizes[2], 500))
+        assert done.bias.shape == (2, 4, 300, 512) and done.bias.stride(3) == 1
+        assert [stride == 0 for stride in done.bias.stride()[:3]] == [size == 1 for size in sizes]
+        torch.testing.assert_close(done.bias[..., :500], mask.expand(2, 4, 300, 500))
 
 
 def test_a_window_makes_rows_differ(preparations):
@@ -397,22 +412,24 @@ def test_a_window_makes_rows_differ(preparations):
     assert kinds.shape == (1, 1, 3, 8) and bits.shape == (1, 1, 8, 384, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("slack", [0, 20])
-@pytest.mark.parametrize("seqlen_k", [7, 8, 16])
+@pytest.mark.parametrize("seqlen_k", [4, 8, 15, 16])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layout, slack, rows):
-    memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).bfloat16()
+def test_biases_are_read_where_they_are_if_tma_can_address_them(seqlen_k, shift, layout, slack, rows, dtype):
+    memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).to(dtype)
     mask = memory[: 2 * rows * (seqlen_k + shift)].view(2, 1, rows, -1)[..., shift:]
     mask = strided(mask, layout)
-    pairs = masks._in_pairs(mask, seqlen_k, 16)
-    torch.testing.assert_close(pairs[..., :seqlen_k], mask)
-    assert pairs.size(3) == 16 and pairs.stride(3) == 1 and pairs.stride(1) == 0
-    assert pairs.data_ptr() % 4 == 0 and not any(stride % 2 for stride in pairs.stride()[:3])
-    in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
+    item = dtype.itemsize
+    read = masks._addressable(mask, seqlen_k, 16)
+    torch.testing.assert_close(read[..., :seqlen_k], mask)
+    assert read.size(3) == 16 and read.stride(3) == 1 and read.stride(1) == 0
+    assert read.data_ptr() % 16 == 0 and not any(stride * item % 16 for stride in read.stride()[:3])
+    in_place = layout == "plain" and not shift and seqlen_k * item % 16 == 0 and (seqlen_k == 16 or slack > 0)
     if rows > 1 or layout == "plain":
-        assert (pairs.data_ptr() == mask.data_ptr()) == in_place
+        assert (read.data_ptr() == mask.data_ptr()) == in_place
 
 
 # ---- the same for a backward -----------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from .compile import Kernel
 from .sm90 import config as sm90
 
 KEPT = 16  # masks at a time
-KEPT_BYTES = 64 << 20  # what is larger than this, the copy of a bias mostly, is not worth the memory
+KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
+KEPT_PART = 4  # … unless the mask itself has this many times as much: bits of biases take an eighth or less of it
 UNBOUNDED = 1 << 30  # of a window
 
 
@@ -33,7 +34,7 @@ class Prepared(NamedTuple):
 
     lists: Tensor  # (B, H, query blocks, HEADER + key blocks) or (B, heads_kv, key blocks, ENDS + query blocks) int32
     bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) or (B, H, 1 or 2, query blocks, keys, 4) int32
-    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) or as _for_tma has it, of the mask's dtype
+    bias: Tensor | None  # (B, H, Sq, Sk rounded up to whole key blocks) or as _for_tma has it; TMA can address it
 
 
 class Tiles(NamedTuple):
@@ -95,7 +96,8 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Pre
     kept = done
     if done.bias is not None and done.bias.untyped_storage()._cdata == storage._cdata:
         kept = done._replace(bias=None)  # which would keep the mask itself
-    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= KEPT_BYTES:
+    room = max(KEPT_BYTES, storage.nbytes() // KEPT_PART)
+    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= room:
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)
         _kept[wanted] = StorageWeakRef(storage), kept
@@ -180,7 +182,8 @@ def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
     if tiles.heads_kv is not None:
         return _for_tma(_once(attn_mask), tiles.seqlen_k, tiles.tile_m)
     keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
-    return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
+    biases = _addressable(_once(attn_mask), tiles.seqlen_k, keys)
+    return biases.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1)
 
 
 def _once(mask: Tensor) -> Tensor:
@@ -191,16 +194,16 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
-    """``mask`` as the forward reads it: in aligned pairs, with ``keys`` in a row, whole blocks, of which those beyond
-    seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its strides or its
-    address are odd, or its memory ends within the last block."""
+def _addressable(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
+    """``mask`` as TMA loads it: rows that begin at multiples of 16 bytes, with ``keys`` in each, whole blocks, of which
+    those beyond seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its
+    strides or its address do not fit, or its memory ends within the last block."""
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
     item = mask.element_size()
     room = mask.untyped_storage().nbytes() // item - mask.storage_offset() - last_row
-    in_pairs = mask.data_ptr() % (2 * item) == 0 and not any(stride % 2 for stride in strides[:3])
-    if in_pairs and strides[3] == 1 and room >= keys:
+    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride * item % 16 for stride in strides[:3])
+    if is_aligned and strides[3] == 1 and room >= keys:
         return mask.as_strided((*mask.shape[:3], keys), strides)
     copy = mask.new_zeros((*mask.shape[:3], keys))
     copy[..., :seqlen_k] = mask

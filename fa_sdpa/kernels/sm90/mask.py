@@ -32,8 +32,10 @@ from .config import LIST_HEADER, MASK_WARPS
 
 HIDDEN, VISIBLE = -6.0e4, -3.0e4
 SKIPPED, WHOLE, BITS, BIASED = range(4)  # kinds of tiles
+HIDING = 4  # in lists, biased tiles in which keys are hidden; they come last
 HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
 HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
+HIDES = 16  # added to the kind of a floating tile in which -inf hides a key
 DTYPES = {
     "bool": cutlass.Uint8,
     "bf16": cutlass.BFloat16,
@@ -98,14 +100,23 @@ class Mask:
             self._read_row(mask, first_row + r, n_block, window, lane, values[None, r])
         hard, soft = (cute.make_rmem_tensor(self.rows_of_warp, Int32) for _ in range(2))
         seen, visible, low = Int32(0), Int32(0), Int32(0)
-        for r in cutlass.range_constexpr(self.rows_of_warp):
-            hard[r], soft[r] = Int32(0), Int32(0)
-            if first_row + r < mask.shape[0]:
-                hard[r], soft[r], found = self._words(values[None, r], lane)
-                seen = seen | found
-                if cutlass.const_expr(not self.is_bool):
-                    visible = visible | (found >> 3 & 1) << r
-                    low = low | (found >> 4 & 1) << r
+        is_plain = Boolean(False)
+        if cutlass.const_expr(not self.is_bool):
+            is_plain, seen = self._plain(values, lane)
+        if is_plain:
+            hard.fill(-1 if self.tile_n == 128 else (1 << self.tile_n // 4) - 1)
+            soft.store(hard.load())
+            visible = Int32((1 << self.rows_of_warp) - 1)
+        else:
+            seen = Int32(0)
+            for r in cutlass.range_constexpr(self.rows_of_warp):
+                hard[r], soft[r] = Int32(0), Int32(0)
+                if first_row + r < mask.shape[0]:
+                    hard[r], soft[r], found = self._words(values[None, r], lane)
+                    seen = seen | found
+                    if cutlass.const_expr(not self.is_bool):
+                        visible = visible | (found >> 3 & 1) << r
+                        low = low | (found >> 4 & 1) << r
         if lane == 0:
             flags[warp] = seen
             if cutlass.const_expr(mRows is not None):
@@ -119,7 +130,7 @@ class Mask:
         if seen & 4 != 0:
             kind = Int32(BIASED)
         if tidx == 0:
-            mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 1) * HAS_LOW + (seen >> 5 & 1) * HAS_HIGH
+            mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 7) * HAS_LOW
         if lane < 4:
             for r in cutlass.range_constexpr(self.rows_of_warp):
                 row = first_row + r
@@ -153,10 +164,25 @@ class Mask:
                     values[e] = value.to(Float32)
 
     @cute.jit
+    def _plain(self, values: cute.Tensor, lane: Int32) -> tuple[Boolean, Int32]:
+        """Whether all values of a warp's rows are visible and none is NaN or -HIDDEN or more, as biases mostly are, and
+        the flags (see `_words`) of all rows together then. No key may be missing. That takes a quarter of `_words`."""
+        least, most = values[0], values[0]
+        for r in cutlass.range_constexpr(self.rows_of_warp):
+            for e in cutlass.range_constexpr(cute.size(values, mode=[0])):
+                value = values[e, r]
+                if cutlass.const_expr(32 * e + 32 > self.tile_n):
+                    value = value if 32 * e + lane < self.tile_n else values[0, r]
+                least, most = cute.arch.fmin(least, value, nan=True), cute.arch.fmax(most, value, nan=True)
+        is_plain = cute.arch.vote_all_sync((least >= VISIBLE) & (most < -HIDDEN))  # False for NaN
+        is_zero = cute.arch.vote_all_sync((least == 0.0) & (most == 0.0))
+        return is_plain, Int32(1) if is_zero else Int32(5)
+
+    @cute.jit
     def _words(self, values: cute.Tensor, lane: Int32) -> tuple[Int32, Int32, Int32]:
         """Word ``lane`` of a row as a tile with bits, and as one with biases; and flags: 1 some key is seen, 2 some key
         is hidden, 4 some bias is no 0, 8 some value is visible, 16 some value up to HIDDEN is finite, 32 some value is
-        -HIDDEN or more."""
+        -HIDDEN or more, 64 some value is -inf; from 16 on HAS_LOW, HAS_HIGH and HIDES, times 4."""
         hard, soft, found = Int32(0), Int32(0), Int32(0)
         shift = lane % 4 * 2
         for e in cutlass.range_constexpr(cute.size(values)):
@@ -178,6 +204,8 @@ class Mask:
                     found = found | 16
                 if cute.arch.vote_any_sync(value >= -HIDDEN):
                     found = found | 32
+                if cute.arch.vote_any_sync(exists & (value == -Float32.inf)):
+                    found = found | 64
         return hard, soft, found
 
     @cute.kernel
@@ -193,24 +221,30 @@ class Mask:
             is_low = self._has_low_row(mRows[batch, head, m_block, None, None], lane)
         count = Int32(0)
         is_far = Boolean(False)  # a bias of a biased tile
-        for kind in cutlass.range_constexpr(WHOLE, BIASED + 1):
+        clear_end = Int32(0)
+        last_kind = BIASED if mRows is None else HIDING
+        for kind in cutlass.range_constexpr(WHOLE, last_kind + 1):
             for i in cutlass.range(cute.ceil_div(n_blocks, 32), unroll=1):
                 n_block = i * 32 + lane
                 found = Int32(SKIPPED)
                 if n_block < n_blocks:
                     found = kinds[n_block]
-                    has_low, has_high = found & HAS_LOW != 0, found >= HAS_HIGH
+                    has_low, has_high, hides = found & HAS_LOW != 0, found & HAS_HIGH != 0, found & HIDES != 0
                     found = Int32(BIASED) if is_low & has_low else found % HAS_LOW
                     is_far = is_far | (found == BIASED) & (has_low | has_high)
+                    if cutlass.const_expr(mRows is not None):
+                        found = Int32(HIDING) if (found == BIASED) & hides else found
                 chosen = cute.arch.vote_ballot_sync(found == kind)
                 if found == kind:
                     entries[LIST_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = n_block
                 count += cute.arch.popc(chosen)
-            if lane == 0:
-                entries[kind - WHOLE] = count
+            if cutlass.const_expr(kind == BIASED and kind != last_kind):
+                clear_end = count
+            elif lane == 0:
+                entries[cutlass.min(kind, BIASED) - WHOLE] = count
         is_far = cute.arch.vote_any_sync(is_far)
         if lane == 0:
-            entries[3] = Int32(1) if is_far else Int32(0)
+            entries[3] = 2 * clear_end + (Int32(1) if is_far else Int32(0))
         if (count == 0) & (lane == 0):
             entries[1] = 1
             entries[2] = 1
