@@ -2,9 +2,10 @@
 
     python benchmarks/sm90_sanitize.py --out benchmarks/results/sm90_sanitizer_h100.json
 
-Runs itself under each tool, all at the same time, with torch's caching allocator off, so that every tensor is an
-allocation of its own. The cases: every kind of kernel (`code_path`), one block and several, ragged and whole tiles,
-several tiles per CTA (the launch is told that there are few SMs) in each tile order, GQA, copied and expanded inputs.
+Runs itself under each tool, in several processes, all at the same time, with torch's caching allocator off, so that
+every tensor is an allocation of its own. The cases: every kind of kernel (`code_path`), one block and several, ragged
+and whole tiles, several tiles per CTA (the launch is told that there are few SMs) in each tile order, GQA, copied and
+expanded inputs.
 tests/test_kernels.py checks that no code path of the random numerics cases is missing. ``--list-keys`` prints the
 kernels that a bundle must hold.
 
@@ -276,7 +277,8 @@ def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
     }
 
 
-def run_cases(directions: Sequence[str]) -> None:
+def run_cases(directions: Sequence[str], part: int, parts: int) -> None:
+    """Every case whose number is ``part`` modulo ``parts``."""
     import torch
 
     torch.manual_seed(0)
@@ -284,7 +286,7 @@ def run_cases(directions: Sequence[str]) -> None:
     count = 0
     for direction in directions:
         verify = VERIFY[direction]
-        for case, num_sms in CASES[direction]():
+        for case, num_sms in CASES[direction]()[part::parts]:
             start = time.perf_counter()
             verify(case, num_sms)
             slowest = max(slowest, (time.perf_counter() - start, case), key=lambda timed: timed[0])
@@ -415,23 +417,30 @@ def run_control(direction: str) -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str, direction: str, timeout: int) -> dict[str, Any]:
-    """All cases of one direction under one tool."""
+def sanitize(tool: str, direction: str, timeout: int, jobs: int) -> dict[str, Any]:
+    """All cases of one direction under one tool, in so many processes, as most of the time goes into a kernel's first
+    launch."""
     start = time.perf_counter()
-    status, output = run_under(tool, ["--run-cases", "--directions", direction], timeout)
-    finished, slowest = re.search(r"cases: (\d+)", output), re.search(r"slowest: (.*)", output)
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    what = ["--run-cases", "--directions", direction, "--part"]
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(lambda part: run_under(tool, [*what, str(part), str(jobs)], timeout), range(jobs)))
+    finished = [int(number) for _, output in runs for number in re.findall(r"cases: (\d+)", output)]
+    slowest = [(float(s), case) for _, output in runs for s, case in re.findall(r"slowest: ([\d.]+) s, (.*)", output)]
+    summaries = [
+        (re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output) or [f"status {status}: {output[-1000:]}"])[-1]
+        for status, output in runs
+    ]
     result: dict[str, Any] = {
         "tool": tool,
         "direction": direction,
-        "clean": status == 0 and finished is not None,
-        "cases": int(finished[1]) if finished else 0,
+        "clean": all(status == 0 for status, _ in runs) and sum(finished) == len(CASES[direction]()),
+        "cases": sum(finished),
         "seconds": round(time.perf_counter() - start, 1),
-        "slowest_case": slowest[1] if slowest else None,
-        "summary": summary[-1] if summary else output[-1000:],
+        "slowest_case": max(slowest, default=None),
+        "summary": {summary: summaries.count(summary) for summary in summaries},  # and of how many processes
     }
     if not result["clean"]:
-        result["output"] = output[:4000]
+        result["output"] = "\n".join(output[: 4000 // jobs] for status, output in runs if status)
     if tool == "initcheck":
         _, output = run_under(tool, ["--run-control", "--directions", direction], timeout)
         reports = re.findall(r"Uninitialized __global__ memory read", output)
@@ -481,18 +490,20 @@ def main() -> None:
     parser.add_argument("--directions", nargs="*", default=DIRECTIONS, choices=DIRECTIONS)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one tool")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
+    parser.add_argument("--jobs", type=int, default=4, help="processes for one tool")
     parser.add_argument("--run-cases", action="store_true", help="only run the cases, under no tool")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="which of how many parts of them")
     parser.add_argument("--run-control", action="store_true", help="only run what initcheck must report")
     args = parser.parse_args()
     if args.run_cases:
-        return run_cases(args.directions)
+        return run_cases(args.directions, *args.part)
     if args.run_control:
         return run_control(args.directions[0])
     if args.list_keys:
         return print("\n".join(sorted(key.name for key in keys(args.directions))))
     runs = [(tool, direction) for direction in args.directions for tool in args.tools]
     with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
-        results = list(pool.map(lambda run: sanitize(run[0], run[1], args.timeout), runs))
+        results = list(pool.map(lambda run: sanitize(run[0], run[1], args.timeout, args.jobs), runs))
     for result in results:
         print({name: value for name, value in result.items() if name != "output"})
     if args.out:
