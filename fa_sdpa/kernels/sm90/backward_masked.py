@@ -118,7 +118,7 @@ class MaskedBackward(Backward):
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         turn, tile, biased = Int32(0), Int32(0), Int32(0)
-        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        unit = self._take_unit(gmem, scratch, order)
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
@@ -154,8 +154,21 @@ class MaskedBackward(Backward):
             elif unit.kind == PREPARE:
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
-            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+            unit = self._take_unit(gmem, scratch, order)
             put_unit(pipelines.units, turn, unit, tile % 2 + biased % 2 * 2)
+
+    @cute.jit
+    def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
+        """The next unit of all. Where biases are the same for all sequences, groups are ordered heads by heads instead
+        of sequence by sequence, so that those that run side by side read the same biases."""
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        if cutlass.const_expr(self.has_bias):
+            head, batch = unit.head, unit.batch
+            if gmem.mask.bias.shape[3] == 1:
+                group, sequences = self._join_group(unit, gmem), gmem.q.shape[3]
+                head, batch = group // sequences, group % sequences
+            unit = unit._replace(head=head, batch=batch)
+        return unit
 
     @cute.jit
     def _load_q(
