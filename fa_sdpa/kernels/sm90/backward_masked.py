@@ -10,8 +10,8 @@ anything. Bits, 16 bytes for each key, are in the stages of Q and count for its 
 own, filled by TMA with the layout of dS and read into the layout of S by transposing loads, as dS is written; those of
 32 bits value by value. It is empty again as soon as a block's P is there, and full a block later.
 
-Biased scores are cut off as in the forward (forward_masked.py), where some may need it or not, or lse would not fit
-them. P of a hidden key is 0, whatever K has there.
+Biased scores are cut off where the forward (forward_masked.py) does it, or lse would not fit them; here also where no
+bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there.
 """
 
 import math
@@ -118,7 +118,7 @@ class MaskedBackward(Backward):
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         turn, tile, biased = Int32(0), Int32(0), Int32(0)
-        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        unit = self._take_unit(gmem, scratch, order)
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
@@ -154,8 +154,21 @@ class MaskedBackward(Backward):
             elif unit.kind == PREPARE:
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
-            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+            unit = self._take_unit(gmem, scratch, order)
             put_unit(pipelines.units, turn, unit, tile % 2 + biased % 2 * 2)
+
+    @cute.jit
+    def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
+        """The next unit of all. Where biases are the same for all sequences, groups are ordered heads by heads instead
+        of sequence by sequence, so that those that run side by side read the same biases."""
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        if cutlass.const_expr(self.has_bias):
+            head, batch = unit.head, unit.batch
+            if gmem.mask.bias.shape[3] == 1:
+                group, sequences = self._join_group(unit, gmem), gmem.q.shape[3]
+                head, batch = group // sequences, group % sequences
+            unit = unit._replace(head=head, batch=batch)
+        return unit
 
     @cute.jit
     def _load_q(
