@@ -339,8 +339,9 @@ def round_up(value: int, multiple: int) -> int:
 # Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and of its
 # biased blocks, twice the place where those that hide no key end, plus 1 if biases are far from 0.
 LIST_HEADER = 4
-# Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends.
-LIST_ENDS = 3
+# Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends;
+# whether keys are hidden from all of them, and which ones: a bit each.
+TRANSPOSED_HEADER = 8
 MASK_WARPS = 8  # that classify a tile
 MASK_ROWS = 16  # of a transposed one, classified at a time
 

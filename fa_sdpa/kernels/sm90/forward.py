@@ -140,6 +140,14 @@ class Operands(NamedTuple):
     block_sum: cute.Tensor
     bias: cute.Tensor | None = None  # shared memory, pairs of biases, not seen through the swizzle
     biased: cute.Tensor | None = None  # (1,) Int32: how many biased blocks there were
+    v: cute.Tensor | None = None  # with a mask, V in shared memory, and
+    visited: cute.Tensor | None = None  # (1,) Int32: the last block, see MaskedForward._clear_hidden
+
+
+def shared_by_sequences(biases: cute.Tensor) -> Boolean:
+    """Whether the sequences of a batch share (b, h, s_q, s_k) biases and heads do not: then those of a head are to be
+    at work at the same time, so that biases come from L2."""
+    return (biases.stride[0] == 0) & (biases.stride[1] != 0)
 
 
 class Forward:
@@ -256,7 +264,7 @@ class Forward:
             sizes = (self.tile_m, self.tile_n)
             layout = cute.select(layouts[4], mode=[0, 1])
             copies.append(cpasync.make_tiled_tma_atom(load, s_d_h_b(mBias), layout, sizes))
-            by_head = (mBias.stride[0] == 0) & (mBias.stride[1] != 0)  # then the sequences share them in L2
+            by_head = shared_by_sequences(mBias)
         else:
             copies.append((None, None))
         mma_qk, mma_pv = self._mma_qk(), self._mma_pv(self.mma_warpgroups, self.head_dim_v)
@@ -457,6 +465,7 @@ class Forward:
             )
             pipelines.q.consumer_release(q_state)
             q_state.advance()
+            self._clear_hidden(regs, pipelines, v_state, wg, blocks, seqlen_k, scoring)
 
             # The last P V of this tile and the first Q Kᵀ of the next one. After the last tile that multiplies what the
             # stages still hold and nothing reads the result: a branch around it would make ptxas serialise every WGMMA
@@ -532,6 +541,9 @@ class Forward:
     def _of_parts(self, batch: Int32, num_parts: Int32 | None) -> Int32:
         """The sequence whose parts the scheduler counts as batches of their own."""
         return batch // num_parts if self.is_split else batch
+
+    def _clear_hidden(self, *args) -> None:
+        """Nothing without a mask."""
 
     @cute.jit
     def _visit(

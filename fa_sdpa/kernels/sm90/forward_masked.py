@@ -17,6 +17,9 @@ that stands for a bias of 2^18 … 2^19: huge numbers would lose, in s·c - m·c
 power of two is exact, so rows with nothing but keys far beyond the limit weigh them equally, as any fp32 softmax does.
 NaN stays NaN.
 
+A NaN in V stays behind the mask where a key is hidden from all of a tile: the list says so of a block, whose rows of V
+are then zeroed before they are multiplied (hidden_keys.py).
+
 Costs differ between tiles as with a causal mask, so the scheduler takes its order for that: later query blocks first.
 """
 
@@ -33,7 +36,8 @@ from ..common.scheduler import Tiles, find_tile
 from ..key import KernelKey
 from . import forward
 from .config import LIST_HEADER, forward_config_of
-from .forward import BIAS_DTYPES, Atoms, Forward, Gmem, Operands, Pipelines, Scoring, Smem, TileMask
+from .forward import BIAS_DTYPES, STORE, Atoms, Forward, Gmem, Operands, Pipelines, Scoring, Smem, TileMask
+from .hidden_keys import clear_keys
 from .tma import load_tile
 
 Blocks = tuple[Int32, Int32, Int32, Int32, Int32, Int32, Int32]  # of a tile: see MaskedForward._key_blocks
@@ -62,7 +66,7 @@ class MaskedForward(Forward):
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         mLists: cute.Tensor,  # see TileMask, as the next
         mBits: cute.Tensor,
-        mBias: cute.Tensor | None,  # (b, h, s_q, s_k rounded up to whole key blocks), strides of 0 where broadcast
+        mBias: cute.Tensor | None,  # (b, h, s_q, s_k), strides of 0 where broadcast
         softmax_scale_log2: Float32,
         num_sms: Int32,
         bias_factor: Float32 | None,
@@ -117,7 +121,7 @@ class MaskedForward(Forward):
         loaded[0] = 0
         step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
         entries = self._entries(scoring.mask, m_block, head, batch)
-        bits_end, n_block = entries[1], entries[LIST_HEADER]
+        bits_end, n_block = entries[1], entries[LIST_HEADER] >> 1
         head_kv = head // qhead_per_kvhead
         load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
         k_state.advance()
@@ -129,7 +133,7 @@ class MaskedForward(Forward):
             entries = self._entries(scoring.mask, m_block, head, batch)
             bits_end = entries[1]
             for i in cutlass.range(1, entries[2], unroll=1):
-                next_block = entries[LIST_HEADER + i]
+                next_block = entries[LIST_HEADER + i] >> 1
                 load_tile(atoms.k, gK, smem.k, next_block, pipelines.k, k_state)
                 k_state.advance()
                 load_tile(atoms.v, gV, smem.v, n_block, pipelines.v, v_state)
@@ -140,7 +144,7 @@ class MaskedForward(Forward):
             last = n_block
             step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
             entries = self._entries(scoring.mask, m_block, head, batch)
-            is_biased, n_block = is_valid & (entries[1] == 0), entries[LIST_HEADER]
+            is_biased, n_block = is_valid & (entries[1] == 0), entries[LIST_HEADER] >> 1
             head_kv = head // qhead_per_kvhead
             if is_valid:
                 load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
@@ -180,6 +184,8 @@ class MaskedForward(Forward):
 
     def _operands(self, mma_qk: cute.TiledMma, mma_pv: cute.TiledMma, smem: Smem, warpgroup_idx: Int32) -> Operands:
         regs = super()._operands(mma_qk, mma_pv, smem, warpgroup_idx)
+        regs = regs._replace(v=smem.v, visited=cute.make_rmem_tensor(1, Int32))
+        regs.visited[0] = Int32(0)
         if not self.bias_stages:
             return regs
         biased = cute.make_rmem_tensor(1, Int32)
@@ -204,18 +210,19 @@ class MaskedForward(Forward):
         mask = scoring.mask
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
+        regs.visited[0] = Int32(0)
         if whole_end == 0:
-            of_bits = self._entries(mask, m_block, head, batch)[LIST_HEADER]
+            regs.visited[0] = self._entries(mask, m_block, head, batch)[LIST_HEADER]
             if cutlass.const_expr(self.bias_stages):
                 if bits_end == 0:
-                    of_bits = of_bits + self._num_blocks(seqlen_k)
+                    regs.visited[0] = regs.visited[0] + 2 * self._num_blocks(seqlen_k)
                     biases = self._biases()
                     self._read_biases(biases, regs, pipelines, first_row)
                     self._add_biases(acc_S, biases, mask, biased)
                 if (bits_end > 0) | (biased // 2 == 0):
-                    mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
+                    mask_bits(acc_S, self._words(mask, head, batch, regs.visited[0] >> 1, first_row))
             else:
-                mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
+                mask_bits(acc_S, self._words(mask, head, batch, regs.visited[0] >> 1, first_row))
         softmax.first_weights(acc_S, regs.tOrP, regs.row_max, regs.row_sum, scoring.scale_log2)
         regs.acc_O.fill(0.0)
 
@@ -245,7 +252,10 @@ class MaskedForward(Forward):
             k_state.advance()
             v_state.advance()
         for i in cutlass.range(cutlass.max(whole_end, 1), bits_end, unroll=1):
-            words = self._words(mask, head, batch, entries[LIST_HEADER + i], first_row)
+            entry = entries[LIST_HEADER + i]
+            words = self._words(mask, head, batch, entry >> 1, first_row)
+            self._clear_hidden(regs, pipelines, v_state, wg, blocks, seqlen_k, scoring)
+            regs.visited[0] = entry
             acc_S = self._block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg, scoring)
             mask_bits(acc_S, words)
             self._softmax(acc_S, regs, scoring)
@@ -253,6 +263,8 @@ class MaskedForward(Forward):
             v_state.advance()
         if cutlass.const_expr(self.bias_stages):
             for i in cutlass.range(cutlass.max(bits_end, 1), end, unroll=1):
+                self._clear_hidden(regs, pipelines, v_state, wg, blocks, seqlen_k, scoring)
+                regs.visited[0] = entries[LIST_HEADER + i] + 2 * self._num_blocks(seqlen_k)
                 acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
                 biases = self._biases()
                 if cutlass.const_expr(self.reads_early):
@@ -262,12 +274,35 @@ class MaskedForward(Forward):
                     self._read_biases(biases, regs, pipelines, first_row)
                 self._add_biases(acc_S, biases, mask, biased)
                 if i >= biased // 2:
-                    of_bits = entries[LIST_HEADER + i] + self._num_blocks(seqlen_k)
-                    mask_bits(acc_S, self._words(mask, head, batch, of_bits, first_row))
+                    mask_bits(acc_S, self._words(mask, head, batch, regs.visited[0] >> 1, first_row))
                 self._softmax(acc_S, regs, scoring)
                 k_state.advance()
                 v_state.advance()
         return k_state, v_state
+
+    @cute.jit
+    def _clear_hidden(
+        self,
+        regs: Operands,
+        pipelines: Pipelines,
+        v_state: pipeline.PipelineState,
+        wg: Int32,
+        blocks: Blocks,
+        seqlen_k: Int32,
+        scoring: Scoring,
+    ) -> None:
+        """Wait for V of the block that was visited last and zero its rows of hidden keys, if there are any.
+
+        regs.visited is twice the number of that block, of the bits for biased tiles if it is biased, plus 1 if there
+        are; 0 for a whole one."""
+        visited = regs.visited[0]
+        if visited & 1 != 0:
+            pipelines.v.consumer_wait(v_state)
+            _, _, _, _, m_block, head, batch = blocks
+            entries = self._entries(scoring.mask, m_block, head, batch)
+            first = LIST_HEADER + self._num_blocks(seqlen_k) + 4 * (visited >> 1)
+            hidden = cute.make_tensor(entries.iterator + first, cute.make_layout(4))
+            clear_keys(regs.v, v_state.index, hidden, STORE + wg)
 
     def _num_blocks(self, seqlen_k: Int32) -> Int32:
         return (seqlen_k + self.tile_n - 1) // self.tile_n
