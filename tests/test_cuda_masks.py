@@ -111,7 +111,7 @@ def test_lists_and_bits(sq, sk, window, dtype, tile_m, tile_n):
 
 def transposed_bits(bits, m_block, keys, tile_m):
     """(tile_m, keys) bool of one query block's bits, (blocks, keys, 4) of one head and plane."""
-    words = bits[m_block, :keys].cpu().mT
+    words = bits[m_block, :keys].mT
     rows = torch.arange(tile_m)
     word, bit = rows % 8 // 2, rows // 8 * 2 + rows % 2
     return (words[word] >> bit[:, None] & 1).bool()
@@ -140,6 +140,7 @@ def test_lists_and_bits_of_a_backward(sq, sk, window, heads, heads_kv, dtype, ti
     name = {torch.bool: "bool", **{t: n for n, t in NAMES.items()}}[dtype]
     key = config.mask_key(name, tile_m, tile_n, transposed=True)
     done = masks.prepared(mask.cuda()[None], tiles, lambda: kernel(key))
+    lists, planes = done.lists.cpu(), done.bits.cpu()
     distance = torch.arange(sk) - torch.arange(sq)[:, None]
     inside = (distance >= left) & (distance <= right) if window else torch.ones(sq, sk, dtype=torch.bool)
     value = torch.where(keep, 0.0, -math.inf) if dtype is torch.bool else mask.float()
@@ -161,13 +162,13 @@ def test_lists_and_bits_of_a_backward(sq, sk, window, heads, heads_kv, dtype, ti
                     is_biased = bool((seen & (tile != 0)).any()) or takes_low and bool(low[head, rows, keys].any())
                     kind = "whole" if seen.all() else "bits" if seen.any() else "skipped"
                     kinds.add("biased" if is_biased else kind)
-                    for plane, visible in enumerate((seen, tile > -math.inf)[: done.bits.size(2)]):
+                    for plane, visible in enumerate((seen, tile > -math.inf)[: planes.size(2)]):
                         if plane or not is_biased:
-                            got = transposed_bits(done.bits[0, head, plane, :, keys], m, tile_n, tile_m)
+                            got = transposed_bits(planes[0, head, plane, :, keys], m, tile_n, tile_m)
                             assert torch.equal(got[: len(block)], visible)
                 if kinds != {"skipped"}:
                     expected["biased" if "biased" in kinds else "whole" if kinds == {"whole"} else "bits"].append(m)
-            entries = done.lists[0, h, n].tolist()
+            entries = lists[0, h, n].tolist()
             ends = [len(expected["biased"]), len(expected["biased"]) + len(expected["bits"])]
             ends.append(ends[1] + len(expected["whole"]))
             assert entries[: LIST_ENDS + ends[2]] == [*ends, *(m for kind in expected.values() for m in kind)]

@@ -10,8 +10,8 @@ anything. Bits, 16 bytes for each key, are in the stages of Q and count for its 
 own, filled by TMA with the layout of dS and read into the layout of S by transposing loads, as dS is written; those of
 32 bits value by value. It is empty again as soon as a block's P is there, and full a block later.
 
-Biased scores are cut off as in the forward (forward_masked.py), where some may need it or not, or lse would not fit
-them. P of a hidden key is 0, whatever K has there.
+Biased scores are cut off where the forward (forward_masked.py) does it, or lse would not fit them; here also where no
+bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there.
 """
 
 import math
