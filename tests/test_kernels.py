@@ -617,8 +617,8 @@ def test_masked_backward_tiles_have_room_for_the_mask(mask):
                 plain = config.BackwardConfig(head_dim, head_dim_v, chosen.tile_m, chosen.tile_n, 2)
                 bias = chosen.tile_m * chosen.tile_n * {"bool": 0, "bf16": 2, "fp32": 4}[mask]
                 assert chosen.mask_bytes == 32 * chosen.tile_n + bias and chosen.smem_bytes <= config.SMEM_PER_BLOCK
-                assert chosen.stages_dq or chosen.has_dq_warpgroup
-                if chosen.stages_dq:
+                assert chosen.stages_dq() or chosen.has_dq_warpgroup
+                if chosen.stages_dq():
                     assert chosen.smem_bytes == plain.smem_bytes + chosen.mask_bytes
 
 
