@@ -793,6 +793,31 @@ def test_every_variant_compiles_without_spills(usage, key):
         assert set(re.findall(rf"{space}:(\d+)", report)) == {"0"}, report
 
 
+def test_words_of_bits_and_of_keys():
+    """What a mask's preparation makes of ballots, run on the host."""
+    needs_compiler()
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import from_dlpack
+
+    from fa_sdpa.kernels.sm90.mask import _first_bits, _spread
+
+    @cute.jit
+    def run(given: cute.Tensor, first: cute.Tensor, words: cute.Tensor):
+        for i in range(cute.size(given)):
+            first[i] = _first_bits(given[i])
+            for t in cutlass.range_constexpr(4):
+                words[i, t] = _spread(given[i], cutlass.Int32(2 * t))
+
+    given = torch.tensor([-40, -1, 0, 1, 5, 31, 32, 33, 128, 0x12345678, -0x76543210], dtype=torch.int32)
+    first, words = torch.zeros_like(given), torch.zeros(len(given), 4, dtype=torch.int32)
+    run(*map(from_dlpack, (given, first, words)))
+    for value, bits, row in zip(given.tolist(), first.tolist(), words.tolist(), strict=True):
+        assert bits & 0xFFFFFFFF == (1 << min(max(value, 0), 32)) - 1
+        for t, word in enumerate(row):  # bit 2v + j is key 8v + 2t + j
+            assert word == sum((value >> 8 * v + 2 * t + j & 1) << 2 * v + j for v in range(4) for j in range(2))
+
+
 def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():
     forward = keys_of(random_case(0, index, BREADTH) for index in range(3000))
     backward = backward_cases.keys_of(backward_cases.draw(0, index) for index in range(3000))
