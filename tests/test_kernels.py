@@ -803,7 +803,7 @@ def test_words_of_bits_and_of_keys():
     from fa_sdpa.kernels.sm90.mask import _first_bits, _spread
 
     @cute.jit
-    def run(given: cute.Tensor, first: cute.Tensor, words: cute.Tensor):
+    def run(given, first, words):
         for i in range(cute.size(given)):
             first[i] = _first_bits(given[i])
             for t in cutlass.range_constexpr(4):
