@@ -49,6 +49,7 @@ def check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n):
         mask[:, -9:] = mask[:, -9:].masked_fill(mask[:, -9:] != 0, -math.inf)
         if sq > 200:
             mask[200, 140:] = torch.randn(sk - 140).to(dtype) if sk > 140 else 0
+            mask[200, 200:203] = LOW[dtype]
             mask[20] = LOW[dtype]  # a row that sees nothing
     left, right = window or (None, None)
     tiles = masks.Tiles(1, 1, sq, sk, left, right, tile_m, tile_n)
@@ -117,6 +118,7 @@ def check_lists_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, t
         mask[..., -9:] = mask[..., -9:].masked_fill(mask[..., -9:] != 0, -math.inf)
         if sq > 200:
             mask[0, 200, 140:] = torch.randn(sk - 140).to(dtype) if sk > 140 else 0
+            mask[0, 200, 200:203] = LOW[dtype]
             mask[0, 20] = LOW[dtype]  # a row that sees nothing
     left, right = window or (None, None)
     tiles = masks.Tiles(1, heads, sq, sk, left, right, tile_m, tile_n, heads_kv)
