@@ -19,6 +19,7 @@ from ..kernels import launch, quarantine, resources
 from ..kernels.cache import open_cache
 from ..kernels.key import KernelKey
 from ..meta import crossover, fit
+from ..meta.spec import AttentionSpec
 from ..meta.target import Target
 from . import grid
 from .session import Answer, Session
@@ -142,10 +143,13 @@ class Run:
             for cell in self.steps.cells:
                 rows += self._time(cell, direction, ceilings)
         timed = grid.timed(rows)
-        rules = fit.rules(timed, self.target.num_sms) if timed else []
+        rules = fit.rules(timed, self.target.num_sms, self._is_small) if timed else []
         return Findings(
             self._about, self._settings.quick, build, checks, ceilings, rows, self._failed, self._notes, rules
         )
+
+    def _is_small(self, spec: AttentionSpec) -> bool:
+        return kernels.takes_small_tile(spec, self.target, self.target.num_sms)
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if name not in self._journal.done:
