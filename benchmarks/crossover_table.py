@@ -14,14 +14,17 @@ thresholds by the masks of sm90_masks.py, boolean or floating: the one we do wor
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from forward_cases import H100
 from provenance import RESULTS, ROOT  # first: it makes this checkout importable
 from sm90_masks import MASKS
 
+from fa_sdpa import kernels
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.meta import fit
 from fa_sdpa.meta.crossover import Crossover, Direction, Mask, Rule, to_json
@@ -81,9 +84,10 @@ def kind_of(cell: fit.Timed) -> Kind:
 
 def models() -> list[Rule]:
     """A rule for each kind that was measured enough: by ``qualify`` if that did."""
-    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS)
+    is_small = functools.partial(kernels.takes_small_tile, target=H100, num_sms=NUM_SMS)
+    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, is_small)
     there = {kind_of_rule(rule) for rule in found}
-    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS)
+    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, is_small)
 
 
 def kind_of_rule(rule: Rule) -> Kind:

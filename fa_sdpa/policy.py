@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -101,9 +102,9 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool
         if rule.fa4 is None:
             faster, reason = _by_length(spec, rule.threshold(spec.batch))
         elif any(isinstance(size, torch.SymInt) for size in spec[1:6]):
-            faster, reason = _symbolic(spec, rule, target.num_sms or table.num_sms)
+            faster, reason = _symbolic(spec, rule, target, target.num_sms or table.num_sms)
         else:
-            faster, reason = _predicted(spec, rule, target.num_sms or table.num_sms, detail)
+            faster, reason = _predicted(spec, rule, target, target.num_sms or table.num_sms, detail)
         return faster, (reason,) if faster else (reason, *refused)
     return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
 
@@ -115,13 +116,14 @@ def _by_length(spec: AttentionSpec, threshold: int) -> tuple[bool, Reason]:
     return True, Reason("above_crossover", f"both seqlens reach {threshold}, from where fa4 is faster")
 
 
-def _symbolic(spec: AttentionSpec, rule: Rule, num_sms: int) -> tuple[bool, Reason]:
+def _symbolic(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int) -> tuple[bool, Reason]:
     """For a graph with symbolic sizes: a length from which on fa4 is faster with as many sequences, and more."""
     sizes = {name: getattr(spec, name) for name in ("batch", "num_heads", "num_heads_kv")}
     for name, size in sizes.items():
         if isinstance(size, torch.SymInt):
             sizes[name] = _power_of_two_below(size)
-    threshold = rule.shortest(spec._replace(**sizes), num_sms)
+    is_small = functools.partial(kernels.takes_small_tile, target=target, num_sms=num_sms)
+    threshold = rule.shortest(spec._replace(**sizes), num_sms, is_small)
     if threshold is None:
         return False, Reason("below_crossover", "fa4 is not predicted to be faster at every length from one on")
     return _by_length(spec, threshold)
@@ -134,12 +136,12 @@ def _power_of_two_below(size: torch.SymInt) -> int:
     return power if size >= power else 1
 
 
-def _predicted(spec: AttentionSpec, rule: Rule, num_sms: int, detail: bool) -> tuple[bool, Reason]:
+def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, detail: bool) -> tuple[bool, Reason]:
     asked = (spec.seqlen_q, spec.seqlen_k, rows_of(spec))
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
             return False, Reason("below_crossover", f"{name} {size} is below {least}, the least that was measured")
-    times = rule.predict(spec, num_sms)
+    times = rule.predict(spec, num_sms, kernels.takes_small_tile(spec, target, num_sms))
     assert times is not None, "a rule with a model"
     text = (
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "

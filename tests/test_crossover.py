@@ -119,6 +119,53 @@ def test_fit_finds_the_figures_behind_the_times(curve):
     assert found[:4] == pytest.approx(curve[:4], rel=0.01, abs=0.02)
 
 
+def test_fit_finds_the_rate_of_memory_where_many_cells_tell_it():
+    curve = Curve(9.0, 3.0, 1.5, 600.0, 128, "whole", gbs=2000.0)
+    cells = cells_of(curve, NATIVE)
+    found = fit.rules(cells, 132)[0]
+    assert found.fa4.gbs == pytest.approx(2000.0, rel=0.01) and found.fa4.tflops == pytest.approx(600.0, rel=0.01)
+    assert found.native.gbs is None  # as the truth is
+    assert fit.rules(cells[: fit.MANY - 1], 132)[0].fa4.gbs is None
+
+
+def test_small_tiles_have_a_curve_of_their_own(tmp_path):
+    def is_small(spec):
+        return spec.batch * spec.num_heads * spec.seqlen_q <= 20_000
+
+    slow = Curve(20.0, 6.0, 3.0, 200.0, 64, "whole")
+    cells = [
+        mine if is_small(mine.spec) else other
+        for mine, other in zip(cells_of(slow, NATIVE), cells_of(FA4, NATIVE), strict=True)
+    ]
+    together, apart = (fit.rules(cells, 132, small)[0] for small in (lambda spec: False, is_small))
+    assert together.small is None and together.error > 2 * apart.error
+    assert apart.small[:4] == pytest.approx(slow[:4], rel=0.01, abs=0.02)
+    assert apart.fa4[:4] == pytest.approx(FA4[:4], rel=0.01, abs=0.02)
+    for spec in (SPEC._replace(batch=1, seqlen_q=300, seqlen_k=300), SPEC._replace(batch=64)):
+        curve = slow if is_small(spec) else FA4
+        predicted = apart.predict(spec, 132, is_small(spec)).fa4_us
+        assert predicted == pytest.approx(curve.device_us(spec, "forward", 132), rel=0.02)
+    few = [cell for cell in cells if not is_small(cell.spec)] + [cell for cell in cells if is_small(cell.spec)][:7]
+    assert fit.rules(few, 132, is_small)[0].small is None
+    path = tmp_path / "table.json"
+    path.write_text(crossover.to_json(Crossover(90, "mine", (apart,), 132), {"source": "mine"}))
+    assert Crossover.load(path).rules == (apart,)
+
+
+def test_decisions_know_which_calls_have_a_small_tile():
+    rule = Rule("forward", (128, 128), False, fa4=FA4, small=FA4._replace(launch_us=1e6), native=NATIVE, margin=0.0)
+    policy = Policy("auto", Crossover(90, "mine", (rule,), 132))
+    call = SPEC._replace(is_causal=False, batch=1, num_heads=8, num_heads_kv=8)
+    short, long = (call._replace(seqlen_q=s, seqlen_k=s) for s in (512, 8192))
+    assert [kernels.takes_small_tile(spec, H100, 132) for spec in (short, long)] == [True, False]
+    assert [decide(spec, H100, policy).routed for spec in (short, long)] == [False, True]
+    assert not kernels.takes_small_tile(short._replace(needs_grad=True), H100, 132)
+    assert not kernels.takes_small_tile(short, H100._replace(arch=86), 132)
+    few = call._replace(num_heads=2, num_heads_kv=2)
+    above = rule.shortest(few, 132, lambda spec: kernels.takes_small_tile(spec, H100, 132))
+    assert above > 4096 > rule.shortest(few, 132)
+
+
 def test_error_and_margin_are_those_of_the_noise():
     quiet, noisy = (fit.rules(cells_of(FA4, NATIVE, noise), 132)[0] for noise in (0.01, 0.06))
     assert quiet.error < 0.03 and noisy.error == pytest.approx(0.06 * 2**0.5, rel=0.3)
@@ -274,7 +321,7 @@ def test_the_named_table_comes_before_the_users(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"schema": 1}, "schema 1, this version reads 2"),
+        ({"schema": 1}, "schema 1, this version reads 3"),
         ({"arch": 80}, "measured on arch 80, and this is 90"),
         ({"device": "NVIDIA H20"}, "measured on NVIDIA H20, and this is NVIDIA H100"),
         ({"digest": "0" * 64}, "measured with other kernels: python -m fa_sdpa qualify"),

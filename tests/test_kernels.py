@@ -396,6 +396,22 @@ def test_tile_of_a_call(call, tile):
 
 
 @pytest.mark.parametrize(
+    "flags", [{}, {"is_causal": True}, {"window": True}, {"mask": "bool"}, {"sink": True}], ids=str
+)
+def test_small_tiles_are_those_that_a_launch_takes(flags):
+    for batch, heads, heads_kv, seqlen in (
+        (1, 16, 16, 512),
+        (1, 16, 16, 4096),
+        (8, 28, 4, 1),
+        (64, 8, 2, 64),
+        (2, 16, 4, 700),
+    ):
+        call = spec(batch=batch, num_heads=heads, num_heads_kv=heads_kv, seqlen_q=seqlen, seqlen_k=4096, **flags)
+        names = [key.name for key in launch.keys(call, H100) if key.direction == "forward"]
+        assert kernels.takes_small_tile(call, H100, 132) == all("_m64_" in name for name in names), names
+
+
+@pytest.mark.parametrize(
     ("call", "parts"),
     [
         # seqlen_q, seqlen_k, sequences: what was measured, docs/kernels/sm90_forward.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 
@@ -161,13 +162,13 @@ def qualify(tmp_path, monkeypatch):
     """Runs --quick with these answers; kernels are said to compile, except those in ``broken``."""
     said = []
 
-    def qualified(scripted, broken=(), fresh=False):
+    def qualified(scripted, broken=(), fresh=False, minutes=math.inf):
         def build(keys, jobs):
             return [warm.Outcome(key, 1.0, "it does not fit" if key.name in broken else None) for key in keys]
 
         monkeypatch.setattr(run, "build", build)
         said.clear()
-        settings = Settings("cuda", True, tmp_path / "out", fresh)
+        settings = Settings("cuda", True, tmp_path / "out", fresh, minutes=minutes)
         runner = Run(settings, scripted, ABOUT, lambda *what: said.append(what))
         findings = runner.all()
         assert len(said) == run.count(settings, runner.steps)
@@ -191,16 +192,37 @@ def test_all_goes_well(qualify):
 
 
 def test_what_was_done_is_not_done_again(qualify):
-    first = Scripted(lambda kind, way, cell, _: pytest.fail("no more") if way == "both" and kind == "time" else None)
+    last = grid.mixed(grid.cells(True))[-1]
+    first = Scripted(lambda kind, way, cell, _: pytest.fail("no more") if way == "both" and cell == last else None)
     with pytest.raises(pytest.fail.Exception):
         qualify(first)
     second = Scripted()
     findings = qualify(second)
-    assert {(kind, way) for kind, way, _ in second.asked} == {("time", "both")}
+    assert {(kind, way) for kind, way, _ in second.asked} == {("time", "both")} and len(second.asked) == 1
     assert len(findings.rows) == 4 * len(grid.cells(True))
     third = Scripted()
     qualify(third, fresh=True)
     assert {kind for kind, _, _ in third.asked} == {"check", "time"}
+
+
+def test_time_that_is_up_leaves_cells_to_the_next_run(qualify, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+
+    def takes_a_second(kind, way, cell, backends):
+        now[0] += kind == "time"
+
+    first = qualify(scripted := Scripted(takes_a_second), minutes=1.0)
+    done = {(way, cell) for kind, way, cell in scripted.asked if kind == "time"}
+    total = 2 * len(grid.cells(True))
+    assert 61 == len(done) < total and len(first.rows) == 2 * 61
+    assert first.notes == [f"time was up: {total - 61} of {total} cells were not timed; run again to go on"]
+    assert {(rule.direction, rule.head_dim[0], rule.is_causal) for rule in first.rules} == {
+        (way, d, c) for way in ("forward", "training") for d in (64, 128) for c in (False, True)
+    }
+    findings = qualify(again := Scripted())
+    assert not findings.notes and len(findings.rows) == 2 * total
+    assert {(way, cell) for _, way, cell in again.asked}.isdisjoint(done)
 
 
 def test_a_wrong_result_puts_its_kernels_into_quarantine_and_they_are_tried_no_more(qualify):

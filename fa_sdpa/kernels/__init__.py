@@ -28,3 +28,12 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
         return (Reason("no_kernel_family", f"no fa4 kernels for {where}"),)
     config = import_module(f"{__name__}.{family}.config")
     return (*target.missing, *config.unsupported(spec, target))
+
+
+def takes_small_tile(spec: AttentionSpec, target: Target, num_sms: int) -> bool:
+    """Whether a forward alone, of known sizes, runs with the smallest tile of its family on so many SMs, which a model
+    of its time has to know."""
+    family = family_of(target)
+    if family is None or family == "cpu" or spec.needs_grad:
+        return False
+    return bool(import_module(f"{__name__}.{family}.config").takes_small_tile(spec, num_sms))

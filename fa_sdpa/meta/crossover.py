@@ -2,14 +2,15 @@
 
 A table is a JSON file in this package's ``tables/`` folder, or one of the user's, which ``qualify`` writes::
 
-    {"schema": 2, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
+    {"schema": 3, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
      "provenance": {"source": …, "date": …},
      "rules": [
        {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
         "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "waves": "even",
-                   "backward": "by queries"},
+                   "backward": "by queries", "gbs": 4100.0},
+        "small":  null,
         "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "waves": "last",
-                   "backward": "by queries"},
+                   "backward": "by queries", "gbs": null},
         "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
        {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
@@ -20,10 +21,12 @@ thresholds:
 
 - **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head; ``waves`` are tiles over
   SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or "last" (likewise, and in a causal call the
-  longest tiles run last). On the device a call takes launch_us + waves · tile_us + flops / tflops, where the flops are
-  those of whole tiles, and a causal call takes at least as long as its longest tile. A ``backward`` that is cut "by
-  keys" has its flops in tiles of ``rows`` keys of a key/value head. In eager mode a call takes that or
-  host_us, whichever is longer. fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no
+  longest tiles run last). On the device a call takes launch_us + waves · tile_us + flops / tflops + bytes / gbs, where
+  the flops are those of whole tiles, and a causal call takes at least as long as its longest tile; the bytes are those
+  of query, key, value and the like, and null is no time for them. A ``backward`` that is cut "by keys" has its flops in
+  tiles of ``rows`` keys of a key/value head. ``small``, if not null, is fa4's curve for calls that its kernels serve
+  with their smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is
+  longer. fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no
   slower in eager mode. ``error`` is the standard deviation of measured over predicted ratios, ``least`` what was
   measured least of lengths of query and of key and of query rows (batch · heads · length), below which nothing is
   predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the
@@ -39,13 +42,14 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from .spec import AttentionSpec
 
-SCHEMA = 2
+SCHEMA = 3
 Direction = Literal["forward", "training"]
 ROWS = (64, 128, 192)  # of a tile, that are tried
 Mask = Literal["none", "bool", "float"]
@@ -53,6 +57,7 @@ Waves = Literal["even", "whole", "last"]
 Backward = Literal["by queries", "by keys"]
 FORWARDS = {"forward": 1.0, "training": 3.5}  # flops, in those of a forward
 LONGEST = 1 << 17  # no threshold is looked for beyond
+IsSmall = Callable[[AttentionSpec], bool]  # whether fa4's kernels serve a call with their smallest tile
 
 
 class Curve(NamedTuple):
@@ -65,11 +70,13 @@ class Curve(NamedTuple):
     rows: int = 128
     waves: Waves = "even"
     backward: Backward = "by queries"
+    gbs: float | None = None
 
     def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
         """What a call takes on the device."""
         waves, flops = work(spec, direction, num_sms, self.rows, self.waves, self.backward)
-        return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6)
+        memory = num_bytes(spec, direction) / (self.gbs * 1e3) if self.gbs else 0.0
+        return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6) + memory
 
 
 class Prediction(NamedTuple):
@@ -116,6 +123,7 @@ class Rule(NamedTuple):
     head_dim_v: tuple[int, int] | None = None  # None: as head_dim
     grouped: bool | None = None
     fa4: Curve | None = None
+    small: Curve | None = None  # fa4's of small tiles
     native: Curve | None = None
     error: float = 0.0
     margin: float = 0.0
@@ -137,13 +145,14 @@ class Rule(NamedTuple):
             and self.mask == mask
         )
 
-    def predict(self, spec: AttentionSpec, num_sms: int) -> Prediction | None:
-        """The times of a call whose sizes are known; None for a rule of thresholds."""
+    def predict(self, spec: AttentionSpec, num_sms: int, is_small: bool = False) -> Prediction | None:
+        """The times of a call whose sizes are known, by a small tile or not; None for a rule of thresholds."""
         if self.fa4 is None or self.native is None:
             return None
-        fa4 = self.fa4.device_us(spec, self.direction, num_sms)
+        curve = self.small if is_small and self.small else self.fa4
+        fa4 = curve.device_us(spec, self.direction, num_sms)
         native = self.native.device_us(spec, self.direction, num_sms)
-        return Prediction(fa4, native, max(fa4, self.fa4.host_us), max(native, self.native.host_us))
+        return Prediction(fa4, native, max(fa4, curve.host_us), max(native, self.native.host_us))
 
     def takes(self, prediction: Prediction) -> bool:
         """Whether fa4 is to run a call with these times."""
@@ -157,12 +166,13 @@ class Rule(NamedTuple):
                 seqlen = length
         return seqlen
 
-    def shortest(self, spec: AttentionSpec, num_sms: int) -> int | None:
+    def shortest(self, spec: AttentionSpec, num_sms: int, is_small: IsSmall = lambda spec: False) -> int | None:
         """The length from which on self-attention like ``spec`` is predicted to be faster at every length; None if
-        there is none."""
+        there is none. ``is_small``: see predict."""
         found, seqlen = None, LONGEST
         while seqlen >= max(self.least[:2]) and spec.batch * spec.num_heads * seqlen >= self.least[2]:
-            prediction = self.predict(spec._replace(seqlen_q=seqlen, seqlen_k=seqlen), num_sms)
+            asked = spec._replace(seqlen_q=seqlen, seqlen_k=seqlen)
+            prediction = self.predict(asked, num_sms, is_small(asked))
             if prediction is None or not self.takes(prediction):
                 break
             found, seqlen = seqlen, seqlen * 7 // 8 if seqlen > 256 else seqlen - 16
@@ -181,6 +191,13 @@ class Rule(NamedTuple):
 def rows_of(spec: AttentionSpec) -> int:
     """Query rows of a call."""
     return spec.batch * spec.num_heads * spec.seqlen_q
+
+
+def num_bytes(spec: AttentionSpec, direction: Direction) -> float:
+    """Bytes of query, key, value and out, in training of what the backward reads and writes of their kind as well."""
+    of_queries = spec.batch * spec.num_heads * spec.seqlen_q
+    of_keys = spec.batch * spec.num_heads_kv * spec.seqlen_k
+    return 2 * (of_queries + of_keys) * (spec.head_dim + spec.head_dim_v) * FORWARDS[direction]
 
 
 def work(
@@ -263,14 +280,19 @@ class Crossover(NamedTuple):
 def _rule(entry: dict[str, Any]) -> Rule:
     """A rule from JSON; ValueError if it says nothing or contradicts itself."""
     steps = tuple((int(batch), int(seqlen)) for batch, seqlen in entry.get("min_seqlen", ()))
-    curves = [_curve(**entry[side]) for side in ("fa4", "native") if side in entry]
+    fa4, small, native = (_curve(**entry[side]) if entry.get(side) else None for side in ("fa4", "small", "native"))
     thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
-    rates = all(curve.tflops > 0 and min(curve[:4]) >= 0 and curve.rows > 0 for curve in curves)
+    rates = all(
+        curve.tflops > 0 and min(curve[:4]) >= 0 and curve.rows > 0 and (curve.gbs is None or curve.gbs > 0)
+        for curve in (fa4, small, native)
+        if curve
+    )
+    is_model = fa4 is not None and native is not None
     mask = entry.get("mask", "none")
     if (
         mask not in get_args(Mask)
         or entry["direction"] not in FORWARDS
-        or bool(steps) == (len(curves) == 2)
+        or bool(steps) == is_model
         or not thresholds_rise
         or not rates
     ):
@@ -286,8 +308,9 @@ def _rule(entry: dict[str, Any]) -> Rule:
         steps,
         None if v is None else (int(v[0]), int(v[1])),
         None if grouped is None else bool(grouped),
-        curves[0] if curves else None,
-        curves[1] if curves else None,
+        fa4,
+        small,
+        native,
         error=float(entry.get("error", 0.0)),
         margin=float(entry.get("margin", 0.0)),
         least=(int(least_q), int(least_k), int(least_rows)),
@@ -296,12 +319,13 @@ def _rule(entry: dict[str, Any]) -> Rule:
     )
 
 
-def _curve(rows: int, waves: Waves, backward: Backward, **figures: float) -> Curve:
+def _curve(rows: int, waves: Waves, backward: Backward, gbs: float | None = None, **figures: float) -> Curve:
     for name, value, known in (("waves", waves, get_args(Waves)), ("backward", backward, get_args(Backward))):
         if value not in known:
             raise ValueError(f"{name} {value!r}, not one of {', '.join(known)}")
     known_figures = {name: float(value) for name, value in figures.items()}
-    return Curve(**known_figures, rows=int(rows), waves=waves, backward=backward)
+    rate = None if gbs is None else float(gbs)
+    return Curve(**known_figures, gbs=rate, rows=int(rows), waves=waves, backward=backward)
 
 
 def to_json(table: Crossover, provenance: dict[str, Any]) -> str:
@@ -319,7 +343,7 @@ def _entry(rule: Rule) -> dict[str, Any]:
         entry["mask"] = rule.mask
     if rule.fa4 is None or rule.native is None:
         return entry | {"min_seqlen": rule.min_seqlen}
-    entry |= {"fa4": rule.fa4._asdict(), "native": rule.native._asdict()}
+    entry |= {"fa4": rule.fa4._asdict(), "small": rule.small and rule.small._asdict(), "native": rule.native._asdict()}
     return entry | {name: getattr(rule, name) for name in ("error", "margin", "least", "measured")}
 
 

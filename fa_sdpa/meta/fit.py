@@ -1,4 +1,4 @@
-"""From measured cells to the rules of a crossover table: four figures for each side, by least squares."""
+"""From measured cells to the rules of a crossover table: five figures for each curve, four of them by least squares."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from .crossover import ROWS, Backward, Crossover, Curve, Direction, Measured, Rule, Waves, rows_of, work
+from .crossover import (
+    ROWS,
+    Backward,
+    Curve,
+    Direction,
+    IsSmall,
+    Measured,
+    Rule,
+    Waves,
+    num_bytes,
+    rows_of,
+    work,
+)
 from .spec import AttentionSpec
 
 MIN_CELLS = 4  # that a rule takes
 TOGETHER = 1.25  # times the error of two rules, by grouping, that one for both may have
-FIGURES = 3  # that are fitted to them
+FIGURES = 3  # of a curve, that are fitted to them; with MANY cells one more, the rate of memory
+MANY = 16
+MOST_GBS = 1e5  # what is faster takes no time
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
 WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
 SIGMAS = 2.33  # of a normal distribution, beyond which one of 100 lies
@@ -32,7 +46,7 @@ class Timed(NamedTuple):
     native_host_us: float
 
 
-def rules(cells: Iterable[Timed], num_sms: int) -> list[Rule]:
+def rules(cells: Iterable[Timed], num_sms: int, is_small: IsSmall = lambda spec: False) -> list[Rule]:
     """A rule for each direction, pair of head dims and causality, for any grouping, or one for each where that is much
     more exact; none for kinds with fewer than MIN_CELLS cells."""
     kinds: dict[tuple[Direction, int, int, bool], list[Timed]] = {}
@@ -44,12 +58,12 @@ def rules(cells: Iterable[Timed], num_sms: int) -> list[Rule]:
         of_kind = kinds[kind]
         if len(of_kind) < MIN_CELLS:
             continue
-        together = rule(kind, None, of_kind, num_sms)
+        together = rule(kind, None, of_kind, num_sms, is_small)
         apart = []
         for grouped in (False, True):
             chosen = [cell for cell in of_kind if _grouped(cell.spec) is grouped]
             if len(chosen) >= MIN_CELLS:
-                apart.append(rule(kind, grouped, chosen, num_sms))
+                apart.append(rule(kind, grouped, chosen, num_sms, is_small))
         of_both = math.fsum(one.error * len(one.measured) for one in apart) / len(of_kind)
         found += apart if len(apart) == 2 and together.error > TOGETHER * of_both else [together]
     return found
@@ -59,20 +73,36 @@ def _grouped(spec: AttentionSpec) -> bool:
     return spec.num_heads != spec.num_heads_kv
 
 
-def rule(kind: tuple[Direction, int, int, bool], grouped: bool | None, cells: Sequence[Timed], num_sms: int) -> Rule:
-    """The rule of one kind of calls."""
+def rule(
+    kind: tuple[Direction, int, int, bool],
+    grouped: bool | None,
+    cells: Sequence[Timed],
+    num_sms: int,
+    is_small: IsSmall = lambda spec: False,
+) -> Rule:
+    """The rule of one kind of calls. Small tiles have a curve of their own if enough cells have them, and others."""
     direction, head_dim, head_dim_v, is_causal = kind
     specs = [cell.spec for cell in cells]
-    fa4 = curve(specs, direction, num_sms, [cell.fa4_us for cell in cells], [cell.fa4_host_us for cell in cells])
+    of_small = [is_small(spec) for spec in specs]
+    splits = min(sum(of_small), len(cells) - sum(of_small)) >= 2 * MIN_CELLS
+
+    def fa4_of(wanted: bool | None) -> Curve:
+        chosen = [cell for cell, small in zip(cells, of_small, strict=True) if wanted is None or small is wanted]
+        times = [cell.fa4_us for cell in chosen], [cell.fa4_host_us for cell in chosen]
+        return curve([cell.spec for cell in chosen], direction, num_sms, *times)
+
+    fa4, small = (fa4_of(False), fa4_of(True)) if splits else (fa4_of(None), None)
     native = curve(
         specs, direction, num_sms, [cell.native_us for cell in cells], [cell.native_host_us for cell in cells]
     )
     off = []
-    for cell in cells:
-        predicted = native.device_us(cell.spec, direction, num_sms) / fa4.device_us(cell.spec, direction, num_sms)
+    for cell, by_small in zip(cells, of_small, strict=True):
+        mine = small if small and by_small else fa4
+        predicted = native.device_us(cell.spec, direction, num_sms) / mine.device_us(cell.spec, direction, num_sms)
         off.append(math.log(cell.native_us / cell.fa4_us / predicted))
+    figures = sum(map(_figures, (sum(of_small), len(cells) - sum(of_small)) if splits else (len(cells),)))
     squares = sum(x * x for x in off) + PRIOR_CELLS * PRIOR_ERROR**2
-    error = math.sqrt(squares / (max(len(cells) - FIGURES, 0) + PRIOR_CELLS))
+    error = math.sqrt(squares / (max(len(cells) - figures, 0) + PRIOR_CELLS))
     measured = (
         Measured(*cell.spec[1:6], round(cell.fa4_us, 2), round(cell.native_us, 2))
         for cell in sorted(cells, key=lambda cell: (cell.spec.seqlen_q, cell.spec[1:6]))
@@ -84,6 +114,7 @@ def rule(kind: tuple[Direction, int, int, bool], grouped: bool | None, cells: Se
         head_dim_v=(head_dim_v, head_dim_v),
         grouped=grouped,
         fa4=fa4,
+        small=small,
         native=native,
         error=round(error, 4),
         margin=round(max(math.exp(SIGMAS * error) / WORST - 1.0, 0.0), 4),
@@ -107,7 +138,9 @@ def curve(
     backwards = get_args(Backward) if direction == "training" else ("by queries",)
     for rows, kind, backward in itertools.product(ROWS, kinds, backwards):
         loads = [work(spec, direction, num_sms, rows, kind, backward) for spec in specs]
-        columns = torch.tensor([[1.0, waves, flops / 1e6] for waves, flops in loads], dtype=torch.float64)
+        memory = [num_bytes(spec, direction) / 1e3 for spec in specs]
+        shares = [(1.0, waves, flops / 1e6, size) for (waves, flops), size in zip(loads, memory, strict=True)]
+        columns = torch.tensor(shares, dtype=torch.float64)[:, : _figures(len(specs))]
         figures = _positive(columns / targets[:, None])
         if figures is None:
             continue
@@ -117,29 +150,27 @@ def curve(
             best, least = (figures, rows, kind, backward), off
     if best is None:
         raise ValueError("times that do not grow with the math")
-    (launch, tile, per_flop), rows, kind, backward = best
-    host = statistics.median(host_us)
-    return Curve(round(host, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1), rows, kind, backward)
+    (launch, tile, per_flop, *rest), rows, kind, backward = best
+    per_byte = rest[0] if rest else 0.0
+    host, gbs = statistics.median(host_us), round(1.0 / per_byte, 1) if per_byte * MOST_GBS > 1.0 else None
+    return Curve(round(host, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1), rows, kind, backward, gbs)
+
+
+def _figures(cells: int) -> int:
+    """How many figures are fitted to so many cells."""
+    return FIGURES + (cells >= MANY)
 
 
 def _positive(shares: torch.Tensor) -> list[float] | None:
-    """The three figures f ≥ 0, the last one above 0, with shares · f nearest to 1."""
-    best, least = None, math.inf
-    for chosen in ((0, 1, 2), (0, 2), (1, 2), (2,)):  # what is left out is 0
-        columns = shares[:, chosen]
-        scale = columns.norm(dim=0)
-        solved = torch.linalg.lstsq(columns / scale, torch.ones(len(shares), 1, dtype=shares.dtype))
-        figures = solved.solution[:, 0] / scale
-        off = float((columns @ figures - 1.0).square().sum())
-        if bool((figures >= 0).all()) and float(figures[-1]) > 0 and off < least * (1 - 1e-6):
-            best, least = [0.0, 0.0, 0.0], off
-            for column, figure in zip(chosen, figures.tolist(), strict=True):
-                best[column] = figure
+    """The figures f ≥ 0, the third one above 0, with shares · f nearest to 1."""
+    best, least, count = None, math.inf, shares.shape[1]
+    for size in range(count, 0, -1):
+        for chosen in itertools.combinations(range(count), size):  # what is left out is 0
+            columns = shares[:, chosen]
+            scale = columns.norm(dim=0)
+            solved = torch.linalg.lstsq(columns / scale, torch.ones(len(shares), 1, dtype=shares.dtype))
+            figures = dict(zip(chosen, (solved.solution[:, 0] / scale).tolist(), strict=True))
+            off = float((columns @ torch.tensor(list(figures.values()), dtype=shares.dtype) - 1.0).square().sum())
+            if min(figures.values()) >= 0 and figures.get(2, 0.0) > 0 and off < least * (1 - 1e-6):
+                best, least = [figures.get(i, 0.0) for i in range(count)], off
     return best
-
-
-def table(
-    cells: Iterable[Timed], arch: int, num_sms: int, source: str, device: str | None, digest: str | None
-) -> Crossover:
-    """The table of an arch, or of one device and kernels' digest alone."""
-    return Crossover(arch, source, tuple(rules(cells, num_sms)), num_sms, device, digest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "--jobs", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="compile so many at once"
     )
+    command.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="N", help="time no more cells after so long"
+    )
     command.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
     command.set_defaults(call=run)
 
@@ -41,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         except RuntimeError as error:
             raise SystemExit(f"fa_sdpa qualify: {error}") from None
         out = args.out or user.of_device(about["name"]) / "qualify"
-        settings = Settings(device, args.quick, out, args.fresh, args.jobs)
+        settings = Settings(device, args.quick, out, args.fresh, args.jobs, args.minutes)
         runner = Run(settings, session, about, lambda name, what, failed: progress(name, what, failed))
         if kernels.family_of(runner.target) is None or about["missing"]:
             lacking = about["missing"] or [f"no fa4 kernels for {about['name']} (sm_{about['arch_number']})"]

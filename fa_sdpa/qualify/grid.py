@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,6 +66,14 @@ def cells(quick: bool) -> list[Cell]:
             for cell in (_square(b, 16, 16, s, 192, is_causal) for b, s in FULL_SIZES)
         ]
     return list(dict.fromkeys(found))
+
+
+def mixed(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with all kinds in turns, so that whoever stops early has some of each."""
+    kinds: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        kinds.setdefault((cell.head_dim, cell.head_dim_v, cell.is_causal), []).append(cell)
+    return [cell for turn in itertools.zip_longest(*kinds.values()) for cell in turn if cell is not None]
 
 
 CPU_CELLS = tuple(Cell(b, 2, 2, s, s, 16, 16, c, "fp32") for c in (False, True) for b, s in ((1, 16), (1, 64), (2, 32)))

@@ -122,15 +122,18 @@ def _crossover(rules: list[Rule]) -> list[str]:
     lines = [
         "Launch, wave and rate of fa4 / of torch; `fa_sdpa/meta/crossover.py` says how they make a time.",
         "",
-        "| direction | head dims | mask | heads | host µs | launch µs | µs a wave | TFLOP/s | error | margin |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| direction | head dims | mask | heads | host µs | launch µs | µs a wave | TFLOP/s | GB/s | error | margin |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for rule in rules:
-        assert rule.fa4 and rule.native
-        pairs = (f"{a:g} / {b:g}" for a, b in zip(rule.fa4[:4], rule.native[:4], strict=True))
+    sides = [(rule, rule.fa4, "") for rule in rules] + [(rule, rule.small, ", small tiles") for rule in rules]
+    for rule, fa4, tiles in sides:
+        if fa4 is None or rule.native is None:
+            continue
+        figures = zip((*fa4[:4], fa4.gbs), (*rule.native[:4], rule.native.gbs), strict=True)
+        pairs = (" / ".join(_number(figure, "g") for figure in pair) for pair in figures)
         dim_v = (rule.head_dim_v or rule.head_dim)[0]
         dims = f"{rule.head_dim[0]}" + f"/{dim_v}" * (dim_v != rule.head_dim[0])
-        heads = {None: "any", False: "alike", True: "grouped"}[rule.grouped]
+        heads = {None: "any", False: "alike", True: "grouped"}[rule.grouped] + tiles
         what = (rule.direction, dims, "causal" if rule.is_causal else "full", heads, *pairs)
         lines.append(f"| {' | '.join(what)} | {rule.error:.1%} | {rule.margin:.1%} |")
     return lines

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from ..kernels import launch, quarantine, resources
 from ..kernels.cache import open_cache
 from ..kernels.key import KernelKey
 from ..meta import crossover, fit
+from ..meta.spec import AttentionSpec
 from ..meta.target import Target
 from . import grid
 from .session import Answer, Session
@@ -36,6 +39,7 @@ class Settings(NamedTuple):
     out: Path  # journal and report
     fresh: bool = False  # forget what an earlier run has done
     jobs: int = 8  # processes that compile
+    minutes: float = math.inf  # after which no more is timed
 
 
 class Findings(NamedTuple):
@@ -130,6 +134,7 @@ class Run:
         self._failed: dict[str, str] = {}
         self._forward_right: set[Cell] = set()  # cells whose forward was right and was timed
         self._notes: list[str] = []
+        self._deadline, self._unreached = time.monotonic() + 60 * settings.minutes, 0
 
     def all(self) -> Findings:
         """Do what is not done, and tell everything."""
@@ -138,14 +143,20 @@ class Run:
         ceilings = self._once("ceilings", lambda: self._ask("ceilings").result or {})
         self._say("ceilings", "", False)
         rows: list[dict[str, Any]] = []
-        for direction in grid.TIMED:
-            for cell in self.steps.cells:
+        for cell in grid.mixed(self.steps.cells):
+            for direction in grid.TIMED:
                 rows += self._time(cell, direction, ceilings)
+        if self._unreached:
+            of_all = len(grid.TIMED) * len(self.steps.cells)
+            self._notes.append(f"time was up: {self._unreached} of {of_all} cells were not timed; run again to go on")
         timed = grid.timed(rows)
-        rules = fit.rules(timed, self.target.num_sms) if timed else []
+        rules = fit.rules(timed, self.target.num_sms, self._is_small) if timed else []
         return Findings(
             self._about, self._settings.quick, build, checks, ceilings, rows, self._failed, self._notes, rules
         )
+
+    def _is_small(self, spec: AttentionSpec) -> bool:
+        return kernels.takes_small_tile(spec, self.target, self.target.num_sms)
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if name not in self._journal.done:
@@ -193,8 +204,12 @@ class Run:
     def _time(self, cell: Cell, direction: Direction, ceilings: dict[str, float]) -> list[dict[str, Any]]:
         rounds = QUICK_ROUNDS if self._settings.quick else ROUNDS
         why, rows = self._refused(cell, direction), []
+        name = f"time {direction} {cell}, {rounds} rounds"
+        if not why and name not in self._journal.done and time.monotonic() > self._deadline:
+            self._unreached += 1
+            self._say(f"{direction} {cell}", "not reached", False)
+            return []
         if not why:
-            name = f"time {direction} {cell}, {rounds} rounds"
             result = self._once(name, lambda: self._timed(cell, direction, rounds, ceilings))
             rows, why = result["rows"], result["error"]
             if why and result["ours"]:

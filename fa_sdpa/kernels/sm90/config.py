@@ -409,6 +409,17 @@ def forward_tile(
     return "wide" if wide_time <= time else "normal"
 
 
+def takes_small_tile(spec: AttentionSpec, num_sms: int) -> bool:
+    """Whether a small tile serves the forward of a call."""
+    heads, seqlen_q, group = spec.num_heads, spec.seqlen_q, spec.num_heads // spec.num_heads_kv
+    if packs_gqa(group, seqlen_q, spec.is_causal or spec.window or spec.sink):
+        heads, seqlen_q = spec.num_heads_kv, group
+    has_options = spec.window or spec.softcap > 0.0 or spec.sink or spec.mask != "none"
+    sizes = seqlen_q, spec.seqlen_k, spec.batch * heads, num_sms
+    is_causal = spec.is_causal and spec.mask == "none"
+    return forward_tile(spec.head_dim, spec.head_dim_v, is_causal, has_options, *sizes) in ("small", "split")
+
+
 @functools.lru_cache(maxsize=4096)
 def forward_parts(seqlen_q: int, seqlen_k: int, sequences: int, num_sms: int) -> int:
     """Into how many parts small tiles split their keys, so that more SMs are at work; 1 is for not at all.
