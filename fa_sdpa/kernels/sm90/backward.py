@@ -49,6 +49,7 @@ Named barriers:
     DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
     DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
                    (in deterministic mode, for each stage of Q: backward_turns.py)
+    CLEARED + i    with a mask, the 128 threads of warpgroup 1 + i around rows that they zero (backward_masked.py)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -890,7 +891,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         total = (end - start) * qhead_per_kvhead
         left = total
         pipelines.k.consumer_wait(kv_state)
-        self._clear_hidden(unit, gmem, (smem.k, smem.v), pipelines.v, kv_state, 1 + wg)
+        self._clear_hidden(unit, gmem, (smem.k, smem.v), pipelines.v, kv_state, wg)
         if left > 0:
             pipelines.q.consumer_wait(q_state)
         self._issue_s(mmas, regs, q_state)

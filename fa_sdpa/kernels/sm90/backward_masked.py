@@ -37,6 +37,7 @@ from .hidden_keys import clear_keys
 from .mask import DTYPES
 from .tma import load_tile
 
+CLEARED = 1  # first of two named barriers
 BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (phase of its stage,)
 
 
@@ -238,7 +239,7 @@ class MaskedBackward(Backward):
         tiles: tuple[cute.Tensor, ...],  # K or V or both, in shared memory
         pipe: pipeline.PipelineTmaAsync,  # of the last one
         state: pipeline.PipelineState,
-        barrier: Int32 | int,  # named barrier of this warpgroup
+        wg: Int32 | int,  # which of the first two MMA warpgroups this is
     ) -> None:
         """Zero their rows of keys that are hidden from all blocks of a tile, if there are any."""
         entries = self._entries(unit, gmem)
@@ -246,7 +247,7 @@ class MaskedBackward(Backward):
             pipe.consumer_wait(state)
             hidden = cute.make_tensor(entries.iterator + 4, cute.make_layout(4))
             for tile in tiles:
-                clear_keys(tile, 0, hidden, barrier)
+                clear_keys(tile, 0, hidden, CLEARED + wg)
 
     @cute.jit
     def _visit(

@@ -19,7 +19,7 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
 Named barriers:
     TURN + i      MMA warpgroup i may issue its WGMMAs: i waits (128), its predecessor arrives (128). The warpgroups
                   thus take turns on the tensor cores, and one's softmax runs under the others' WGMMAs.
-    STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory
+    STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory, or rows of V that they zero
 
 Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during its softmax the others multiply:
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
