@@ -141,7 +141,7 @@ def _attend_masked(
     num_sms = Target.of(query.device).num_sms
     flags = (right is not None, options.softcap > 0.0, sink is not None)
     sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
-    tile, packs, (seqlen_q, *_) = _tile(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
+    tile, packs, (seqlen_q, *_) = sm90.forward_tiling(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
     if packs:
         query, out, lse = _packed(query, out, lse, heads_kv)
         mask = mask if mask.size(1) == 1 else mask.unflatten(1, (heads_kv, -1)).squeeze(3)
@@ -203,7 +203,7 @@ def _launch_of(query: Tensor, key: Tensor, value: Tensor, has_sink: bool, option
     flags = (left is not None, options.softcap > 0.0, has_sink)
     batch, heads, heads_kv, num_sms = *query.shape[:2], key.shape[1], Target.of(query.device).num_sms
     sizes = (batch, heads, heads_kv, seqlen_q, key.shape[2], num_sms)
-    tile, packs, rows = _tile(head_dim, head_dim_v, is_causal, flags, *sizes)
+    tile, packs, rows = sm90.forward_tiling(head_dim, head_dim_v, is_causal, flags, *sizes)
     wanted = (query.dtype, head_dim, head_dim_v, is_causal, tile, flags, query.get_device())
     plan = _plans.get(wanted) or _make_plan(*wanted)
     if options.scale is None:
@@ -421,7 +421,8 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
         tiles = sm90.forward_tiles(head_dim, head_dim_v, False, True)
     if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
         flags = (window or is_causal, *flags[1:]) if has_mask else flags
-        tiles = (_tile(head_dim, head_dim_v, is_causal and not has_mask, flags, *sizes, has_mask=has_mask).tile,)
+        is_cut_causal = is_causal and not has_mask
+        tiles = (sm90.forward_tiling(head_dim, head_dim_v, is_cut_causal, flags, *sizes, has_mask=has_mask).tile,)
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles if not has_mask)
     if has_mask:
         needed = tuple(
@@ -439,36 +440,6 @@ def _transposed(backward: KernelKey) -> tuple[KernelKey, ...]:
     if not backward.attn_mask:
         return ()
     return (sm90.mask_key(backward.attn_mask, backward.tile_m, backward.tile_n, transposed=True),)
-
-
-class _Tiling(NamedTuple):
-    """How a forward call is cut into tiles."""
-
-    tile: sm90.Tile
-    packs: bool  # the query heads of a key/value head are rows of one head
-    sizes: tuple[int, int, int, int]  # seqlen_q and seqlen_k, sequences, SMs, as packed
-
-
-def _tile(
-    head_dim: int,
-    head_dim_v: int,
-    is_causal: bool,
-    flags: tuple[bool, bool, bool],  # as of ``_key``
-    batch: int,
-    heads: int,
-    heads_kv: int,
-    seqlen_q: int,
-    seqlen_k: int,
-    num_sms: int,
-    has_mask: bool = False,
-) -> _Tiling:
-    window, _, sink = flags
-    packs = sm90.packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
-    if packs:
-        heads, seqlen_q = heads_kv, heads // heads_kv
-    sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
-    has_options = has_mask or any(flags)
-    return _Tiling(sm90.forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
 
 
 def _masked_keys(

@@ -136,9 +136,9 @@ def curve(
     best, least = None, math.inf
     kinds = get_args(Waves) if any(spec.is_causal for spec in specs) else ("even", "whole")  # "last" is "whole" there
     backwards = get_args(Backward) if direction == "training" else ("by queries",)
+    memory = [num_bytes(spec, direction) / 1e3 for spec in specs]
     for rows, kind, backward in itertools.product(ROWS, kinds, backwards):
         loads = [work(spec, direction, num_sms, rows, kind, backward) for spec in specs]
-        memory = [num_bytes(spec, direction) / 1e3 for spec in specs]
         shares = [(1.0, waves, flops / 1e6, size) for (waves, flops), size in zip(loads, memory, strict=True)]
         columns = torch.tensor(shares, dtype=torch.float64)[:, : _figures(len(specs))]
         figures = _positive(columns / targets[:, None])

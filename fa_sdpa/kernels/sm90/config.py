@@ -394,15 +394,44 @@ def forward_tile(
     return "wide" if wide_time <= time else "normal"
 
 
+class Tiling(NamedTuple):
+    """How a forward call is cut into tiles."""
+
+    tile: Tile
+    packs: bool  # the query heads of a key/value head are rows of one head
+    sizes: tuple[int, int, int, int]  # seqlen_q and seqlen_k, sequences, SMs, as packed
+
+
+def forward_tiling(
+    head_dim: int,
+    head_dim_v: int,
+    is_causal: bool,
+    flags: tuple[bool, bool, bool],  # window, softcap, sink
+    batch: int,
+    heads: int,
+    heads_kv: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_sms: int,
+    has_mask: bool = False,
+) -> Tiling:
+    """What serves a call; with an attn_mask is_causal is one of the flags, window."""
+    window, _, sink = flags
+    packs = packs_gqa(heads // heads_kv, seqlen_q, is_causal or window or sink)
+    if packs:
+        heads, seqlen_q = heads_kv, heads // heads_kv
+    sizes = (seqlen_q, seqlen_k, batch * heads, num_sms)
+    has_options = has_mask or any(flags)
+    return Tiling(forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
+
+
 def takes_small_tile(spec: AttentionSpec, num_sms: int) -> bool:
     """Whether a small tile serves the forward of a call."""
-    heads, seqlen_q, group = spec.num_heads, spec.seqlen_q, spec.num_heads // spec.num_heads_kv
-    if packs_gqa(group, seqlen_q, spec.is_causal or spec.window or spec.sink):
-        heads, seqlen_q = spec.num_heads_kv, group
-    has_options = spec.window or spec.softcap > 0.0 or spec.sink or spec.mask != "none"
-    sizes = seqlen_q, spec.seqlen_k, spec.batch * heads, num_sms
-    is_causal = spec.is_causal and spec.mask == "none"
-    return forward_tile(spec.head_dim, spec.head_dim_v, is_causal, has_options, *sizes) in ("small", "split")
+    has_mask = spec.mask != "none"
+    flags = (spec.window or (has_mask and spec.is_causal), spec.softcap > 0.0, spec.sink)
+    dims = spec.head_dim, spec.head_dim_v, spec.is_causal and not has_mask
+    sizes = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q, spec.seqlen_k, num_sms
+    return forward_tiling(*dims, flags, *sizes, has_mask=has_mask).tile in ("small", "split")
 
 
 @functools.lru_cache(maxsize=4096)
