@@ -8,7 +8,8 @@ Three orders, each chosen for balance between CTAs and for what the CTAs of one 
                               in reverse, so that no CTA always gets the dearer tile. A wave touches every head's K, V:
                               right while those fit in L2, or are few enough for several CTAs to read each together
     paired (causal)           unit (step // 2) · g + c is a query block and its mirror image in the same head, which
-                              together always cost the same; neighbours share a head as in the first order
+                              together always cost the same; the middle blocks of two neighbours are such a pair, too,
+                              where there are any. Neighbours share a head as in the first order
 """
 
 from typing import NamedTuple
@@ -33,11 +34,10 @@ class Tiles(NamedTuple):
 @cute.jit
 def first_steps(tiles: Tiles) -> Int32:
     """How many CTAs there is a first tile for."""
-    sequences = tiles.num_heads * tiles.num_batch
-    count = tiles.num_m_blocks
+    count = tiles.num_m_blocks * tiles.num_heads * tiles.num_batch
     if tiles.paired:
-        count = (tiles.num_m_blocks + 1) // 2
-    return count * sequences
+        count = (count + 1) // 2
+    return count
 
 
 def spills_l2(num_kv_heads: Int32, seqlen_k: Int32, bytes_per_key: int) -> Boolean:
@@ -48,11 +48,8 @@ def spills_l2(num_kv_heads: Int32, seqlen_k: Int32, bytes_per_key: int) -> Boole
 @cute.jit
 def find_tile(
     step: Int32, tiles: Tiles, is_causal: cutlass.Constexpr[bool]
-) -> tuple[Int32, Boolean, Int32, Int32, Int32]:
-    """``(step, is_valid, m_block, head, batch)`` of this CTA's tile in ``step``, or in the next one that has a tile.
-
-    The CTA is done at the first tile that is not valid.
-    """
+) -> tuple[Boolean, Int32, Int32, Int32]:
+    """``(is_valid, m_block, head, batch)`` of this CTA's tile in ``step``. It is done at the first one not valid."""
     cta, _, _ = cute.arch.block_idx()
     num_ctas, _, _ = cute.arch.grid_dim()
     blocks, sequences = tiles.num_m_blocks, tiles.num_heads * tiles.num_batch
@@ -60,16 +57,21 @@ def find_tile(
     m_block, sequence = index % blocks, index // blocks
     if cutlass.const_expr(is_causal):
         if tiles.paired:
-            pairs = (blocks + 1) // 2
-            unit = step // 2 * num_ctas + cta
-            if step % 2 == 1 and unit % pairs * 2 == blocks - 1:  # the middle block is its own mirror image
-                step += 1
-                unit += num_ctas
-            m_block = blocks - 1 - unit % pairs if step % 2 == 0 else unit % pairs
-            sequence = unit // pairs
+            # Two sequences have as many units as blocks: pairs of the first, of the second, their middle blocks between.
+            unit, second = step // 2 * num_ctas + cta, step % 2
+            pairs, place = blocks // 2, unit % blocks
+            sequence = unit // blocks * 2
+            m_block = pairs
+            if place >= blocks - pairs:
+                sequence += 1
+                place -= blocks - pairs
+            elif place == pairs:
+                sequence += second
+            if place < pairs:
+                m_block = place if second == 1 else blocks - 1 - place
         else:
             index = step * num_ctas + (cta if step % 2 == 0 else num_ctas - 1 - cta)
             m_block = blocks - 1 - index // sequences
             sequence = index % sequences
     is_valid = (sequence < sequences) & (m_block >= 0)
-    return step, is_valid, m_block, sequence % tiles.num_heads, sequence // tiles.num_heads
+    return is_valid, m_block, sequence % tiles.num_heads, sequence // tiles.num_heads

@@ -335,7 +335,8 @@ class Forward:
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         seqlen_k = gmem.k.shape[0]
-        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
+        step = Int32(0)
+        is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
         start, _, _, end = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
         head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
         load_tile(atoms.k, gmem.k[None, None, head_kv, sequence], smem.k, end - 1, pipelines.k, k_state)
@@ -350,7 +351,8 @@ class Forward:
                 k_state.advance()
                 load_tile(atoms.v, gV, smem.v, end - 1 - i, pipelines.v, v_state)
                 v_state.advance()
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
+            step += 1
+            is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
             start, _, _, end = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
             head_kv, sequence = head // qhead_per_kvhead, self._of_parts(batch, num_parts)
             if is_valid:
@@ -409,7 +411,8 @@ class Forward:
         if wg == 0:
             self._pass_turn(wg, to_next=False)
 
-        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
+        step = Int32(0)
+        is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
         acc_S = self._scores(mma_qk)
         pipelines.q.consumer_wait(q_state)
         pipelines.k.consumer_wait(k_state)
@@ -435,7 +438,8 @@ class Forward:
             gO = gmem.o[None, None, head, batch]
             sink = scoring.sink[head] if cutlass.const_expr(scoring.sink is not None) else None
             row_block = m_block * self.mma_warpgroups + wg
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
+            step += 1
+            is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
             acc_S = self._scores(mma_qk)
             if cutlass.const_expr(self.next_scores != "late"):
                 self._wait_tile(pipelines, q_state, k_state, is_valid)

@@ -98,7 +98,8 @@ class MaskedForward(Forward):
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.q_stages)
         k_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         v_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
-        step, is_valid, m_block, head, batch = find_tile(Int32(0), tiles, self.later_cost_more)
+        step = Int32(0)
+        is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
         n_block = self._entries(scoring.mask, m_block, head, batch)[LIST_HEADER]
         head_kv = head // qhead_per_kvhead
         load_tile(atoms.k, gmem.k[None, None, head_kv, batch], smem.k, n_block, pipelines.k, k_state)
@@ -116,7 +117,8 @@ class MaskedForward(Forward):
                 v_state.advance()
                 n_block = next_block
             last = n_block
-            step, is_valid, m_block, head, batch = find_tile(step + 1, tiles, self.later_cost_more)
+            step += 1
+            is_valid, m_block, head, batch = find_tile(step, tiles, self.later_cost_more)
             n_block = self._entries(scoring.mask, m_block, head, batch)[LIST_HEADER]
             head_kv = head // qhead_per_kvhead
             if is_valid:
