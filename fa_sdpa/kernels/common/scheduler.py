@@ -46,9 +46,7 @@ def spills_l2(num_kv_heads: Int32, seqlen_k: Int32, bytes_per_key: int) -> Boole
 
 
 @cute.jit
-def find_tile(
-    step: Int32, tiles: Tiles, is_causal: cutlass.Constexpr[bool]
-) -> tuple[Boolean, Int32, Int32, Int32]:
+def find_tile(step: Int32, tiles: Tiles, is_causal: cutlass.Constexpr[bool]) -> tuple[Boolean, Int32, Int32, Int32]:
     """``(is_valid, m_block, head, batch)`` of this CTA's tile in ``step``. It is done at the first one not valid."""
     cta, _, _ = cute.arch.block_idx()
     num_ctas, _, _ = cute.arch.grid_dim()
@@ -57,7 +55,7 @@ def find_tile(
     m_block, sequence = index % blocks, index // blocks
     if cutlass.const_expr(is_causal):
         if tiles.paired:
-            # Two sequences have as many units as blocks: pairs of the first, of the second, their middle blocks between.
+            # Two sequences have as many units as blocks: pairs of one, the middle blocks of both, pairs of the other.
             unit, second = step // 2 * num_ctas + cta, step % 2
             pairs, place = blocks // 2, unit % blocks
             sequence = unit // blocks * 2
