@@ -264,14 +264,17 @@ def test_device_time_leaves_out_the_hosts_and_says_none_where_it_cannot(monkeypa
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: (slept.append(cycles), FakeEvent.device.append(99.0)))
-    monkeypatch.setattr(timing, "_blocked_cycles", 2_000_000)
     FakeEvent.device = []
     prepared = timing.Prepared(contextlib.nullcontext, [lambda: FakeEvent.device.append(0.25)])
-    gpu_ms, host_us = timing._gpu_ms_host_us(prepared, 8)
-    assert gpu_ms == 0.25 and host_us > 0 and slept == [2_000_000]
+    gpu_ms, host_us = timing._gpu_ms_host_us(prepared, 8, 100.0)
+    assert gpu_ms == 0.25 and host_us > 0
+    assert slept == [round(timing.BLOCKED * 0.8 * timing.CYCLES_PER_MS)]
     monkeypatch.setattr(FakeEvent, "late", True)  # the device was never behind the host
-    gpu_ms, _ = timing._gpu_ms_host_us(prepared, 8)
-    assert gpu_ms is None and slept[-1] > 100_000_000
+    gpu_ms, _ = timing._gpu_ms_host_us(prepared, 8, 100.0)
+    assert gpu_ms is None and slept[-1] > timing.MOST_BLOCKED_MS * timing.CYCLES_PER_MS
+    monkeypatch.setattr(FakeEvent, "late", False)  # one hiccup of the host does not slow down what comes after
+    timing._gpu_ms_host_us(prepared, 1, 1.0)
+    assert slept[-1] == round(timing.BLOCKED_MS * timing.CYCLES_PER_MS)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

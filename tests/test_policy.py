@@ -145,7 +145,7 @@ def test_shipped_tables_load_and_say_where_they_come_from():
 
 
 GOOD = {
-    "schema": 3,
+    "schema": 4,
     "arch": 90,
     "provenance": {"source": "made up"},
     "rules": [{"direction": "forward", "head_dim": [1, 64], "is_causal": False, "min_seqlen": [[1, 100], [8, 50]]}],
@@ -162,7 +162,7 @@ def test_load(tmp_path):
     ("table", "message"),
     [
         ("{", "JSONDecodeError"),
-        (GOOD | {"schema": 1}, "schema 1, this version reads 3"),
+        (GOOD | {"schema": 1}, "schema 1, this version reads 4"),
         ({k: v for k, v in GOOD.items() if k != "arch"}, "arch"),
         (GOOD | {"rules": [GOOD["rules"][0] | {"direction": "sideways"}]}, "sideways"),
         (GOOD | {"rules": [GOOD["rules"][0] | {"min_seqlen": []}]}, "bad rule"),

@@ -12,21 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import policy_promise  # noqa: E402
 
 from fa_sdpa.bench.cells import Cell  # noqa: E402
+from fa_sdpa.qualify import grid  # noqa: E402
 
 
 def test_calls_cover_what_the_promise_names():
     rng = random.Random(0)
-    drawn = [policy_promise.draw(rng, list(policy_promise.HEAD_DIMS)) for _ in range(2000)]
+    drawn = [policy_promise.draw(rng, list(grid.HEAD_DIMS)) for _ in range(2000)]
     cells = [cell for cell, _ in drawn]
     assert min(c.seqlen_q for c in cells) < 24 and max(c.seqlen_q for c in cells) > 14000
     assert {c.batch for c in cells} == set(range(1, 65)) and {c.heads for c in cells} >= set(range(4, 65, 4))
     assert {c.heads // c.heads_kv for c in cells} == {1, 4, 7, 8} and all(4 <= c.heads <= 64 for c in cells)
-    assert {c.head_dim for c in cells} == set(policy_promise.HEAD_DIMS) and {c.is_causal for c in cells} == {
+    assert {c.head_dim for c in cells} == set(grid.HEAD_DIMS) and {c.is_causal for c in cells} == {
         True,
         False,
     }
     assert {way for _, way in drawn} == {"forward", "both"}
-    assert max(c.bytes_of("both") for c in cells) <= policy_promise.MOST_BYTES
+    assert max(c.bytes_of("both") for c in cells) <= grid.MOST_BYTES
 
 
 def results(slow, routed=True, count=200):

@@ -375,9 +375,11 @@ def test_worker_ignores_the_quarantine(monkeypatch):
 def test_grids():
     quick, full = grid.cells(True), grid.cells(False)
     assert len(set(quick)) == len(quick) > 40 and len(set(full)) == len(full) > 4 * len(quick)
+    assert full == grid.cells(False) and set(grid.regular(False)) < set(full)  # drawn, but always the same
+    assert sum(c.seqlen_q % 16 != 0 for c in full) > 100
     assert quick[0] == full[0] == grid.SHOWN
     assert {c.head_dim for c in full} == {64, 80, 96, 128, 192, 256}
-    assert {c.heads // c.heads_kv for c in full} == {1, 4, 7}
+    assert {c.heads // c.heads_kv for c in full} == {1, 4, 7, 8}
     for chosen in (quick, full):
         kinds = {(c.head_dim, c.head_dim_v, c.is_causal) for c in chosen}
         for kind in kinds:

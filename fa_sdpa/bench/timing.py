@@ -30,6 +30,9 @@ ROUNDS = 10  # at least
 CALLS = 64  # at most, in a row
 TURN_MS = 4.0  # that the calls of a turn take together, about
 MODES = ("eager", "graph")
+BLOCKED = 1.5  # times the host's time, that the device is kept busy before the calls of a turn
+BLOCKED_MS, MOST_BLOCKED_MS = 0.5, 50.0  # at least; beyond which it is not tried for longer
+CYCLES_PER_MS = 2_000_000  # of the fastest clock there is: a slower one waits for longer
 
 Run = Callable[[], Any]
 
@@ -88,7 +91,14 @@ def measure(
     if "eager" in modes or device != "cuda":
         add("eager_ms", in_rounds(names, lambda n: _eager_ms(prepared[n], calls[n], device), rounds, whole=whole))
     if device == "cuda":
-        both = in_rounds(names, lambda n: _gpu_ms_host_us(prepared[n], calls[n]), rounds, whole=whole)
+        host_us: dict[str, float] = {}  # of each one's last turn
+
+        def on_device(name: str) -> tuple[float | None, float]:
+            found = _gpu_ms_host_us(prepared[name], calls[name], host_us.get(name, 1e3 * TURN_MS / calls[name]))
+            host_us[name] = found[1]
+            return found
+
+        both = in_rounds(names, on_device, rounds, whole=whole)
         add("gpu_ms", {name: [pair[0] for pair in pairs] for name, pairs in both.items()})
         add("host_us", {name: [pair[1] for pair in pairs] for name, pairs in both.items()})
     if "graph" in modes and device == "cuda":
@@ -129,18 +139,16 @@ def _eager_ms(prepared: Prepared, calls: int, device: str) -> float:
         return 1e3 * (time.perf_counter() - start) / calls
 
 
-_blocked_cycles = 2_000_000  # about a millisecond; more, once that was found too short
-
-
-def _gpu_ms_host_us(prepared: Prepared, calls: int) -> tuple[float | None, float]:
-    """(ms on the device, None if it did not wait for the host; µs on the host) of one call."""
-    global _blocked_cycles
+def _gpu_ms_host_us(prepared: Prepared, calls: int, expected_us: float) -> tuple[float | None, float]:
+    """(ms on the device, None if it did not wait for the host; µs on the host) of one call, that is expected to take
+    the host about so long."""
     with prepared.scope():
         prepared.runs[0]()
+        blocked_ms = max(BLOCKED * 1e-3 * expected_us * calls, BLOCKED_MS)
         while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
-            torch.cuda._sleep(_blocked_cycles)
+            torch.cuda._sleep(round(blocked_ms * CYCLES_PER_MS))
             start.record()
             began = time.perf_counter()
             _make(prepared.runs, calls)
@@ -150,9 +158,9 @@ def _gpu_ms_host_us(prepared: Prepared, calls: int) -> tuple[float | None, float
             torch.cuda.synchronize()
             if waited:
                 return start.elapsed_time(end) / calls, 1e6 * host / calls
-            if _blocked_cycles > 100_000_000:  # 50 ms: the calls themselves wait for the device
+            if blocked_ms > MOST_BLOCKED_MS:  # the calls themselves wait for the device
                 return None, 1e6 * host / calls
-            _blocked_cycles *= 2
+            blocked_ms *= 2
 
 
 def _capture(prepared: Prepared, calls: int) -> torch.cuda.CUDAGraph:
@@ -168,7 +176,7 @@ def _capture(prepared: Prepared, calls: int) -> torch.cuda.CUDAGraph:
 
 
 def _replay_ms(graph: torch.cuda.CUDAGraph, calls: int) -> float:
-    replays = 3
+    replays = 3 if calls == CALLS else 1  # of a short graph several, against what starting one takes
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     start.record()

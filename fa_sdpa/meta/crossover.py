@@ -2,15 +2,15 @@
 
 A table is a JSON file in this package's ``tables/`` folder, or one of the user's, which ``qualify`` writes::
 
-    {"schema": 3, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
+    {"schema": 4, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
      "provenance": {"source": …, "date": …},
      "rules": [
        {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
-        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "waves": "even",
-                   "backward": "by queries", "gbs": 4100.0},
+        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "keys": 128,
+                   "waves": "even", "backward": "by queries", "gbs": 4100.0},
         "small":  null,
-        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "waves": "last",
-                   "backward": "by queries", "gbs": null},
+        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "keys": 64,
+                   "waves": "last", "backward": "by queries", "gbs": null},
         "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
        {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
@@ -19,18 +19,18 @@ causality and grouping (whether several query heads share one of key/value; null
 "float", or without one where it says nothing of that. The first one that fits a call decides, by a model of time or by
 thresholds:
 
-- **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head; ``waves`` are tiles over
-  SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or "last" (likewise, and in a causal call the
-  longest tiles run last). On the device a call takes launch_us + waves · tile_us + flops / tflops + bytes / gbs, where
-  the flops are those of whole tiles, and a causal call takes at least as long as its longest tile; the bytes are those
-  of query, key, value and the like, and null is no time for them. A ``backward`` that is cut "by keys" has its flops in
-  tiles of ``rows`` keys of a key/value head. ``small``, if not null, is fa4's curve for calls that its kernels serve
-  with their smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is
-  longer. fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no
-  slower in eager mode. ``error`` is the standard deviation of measured over predicted ratios, ``least`` what was
-  measured least of lengths of query and of key and of query rows (batch · heads · length), below which nothing is
-  predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the
-  device of fa4 and of torch.
+- **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head, and takes its keys by
+  ``keys`` at a time; ``waves`` are tiles over SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or
+  "last" (likewise, and in a causal call the longest tiles run last). On the device a call takes launch_us + waves ·
+  tile_us + flops / tflops + bytes / gbs, where the flops are those of whole tiles, and a causal call takes at least as
+  long as its longest tile; the bytes are those of query, key, value and the like, and null is no time for them. A
+  ``backward`` that is cut "by keys" has its flops in tiles of ``rows`` keys of a key/value head, and takes the query
+  rows by ``keys`` at a time. ``small``, if not null, is fa4's curve for calls that its kernels serve with their
+  smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is longer. fa4 is taken
+  where it is predicted to be faster by ``margin`` on the device, and no slower in eager mode. ``error`` is the standard
+  deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of key and of
+  query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures were fitted
+  to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
 - **min_seqlen**: (batch, seqlen) pairs in rising order of batch; the last one whose batch the call reaches gives the
   length from which both of the call's sequences must be on.
 
@@ -49,9 +49,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from .spec import AttentionSpec
 
-SCHEMA = 3
+SCHEMA = 4
 Direction = Literal["forward", "training"]
 ROWS = (64, 128, 192)  # of a tile, that are tried
+KEYS = (1, 64, 128)  # at a time, likewise
 Mask = Literal["none", "bool", "float"]
 Waves = Literal["even", "whole", "last"]
 Backward = Literal["by queries", "by keys"]
@@ -68,13 +69,14 @@ class Curve(NamedTuple):
     tile_us: float
     tflops: float
     rows: int = 128
+    keys: int = 1
     waves: Waves = "even"
     backward: Backward = "by queries"
     gbs: float | None = None
 
     def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
         """What a call takes on the device."""
-        waves, flops = work(spec, direction, num_sms, self.rows, self.waves, self.backward)
+        waves, flops = work(spec, direction, num_sms, self.rows, self.keys, self.waves, self.backward)
         memory = num_bytes(spec, direction) / (self.gbs * 1e3) if self.gbs else 0.0
         return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6) + memory
 
@@ -201,22 +203,26 @@ def num_bytes(spec: AttentionSpec, direction: Direction) -> float:
 
 
 def work(
-    spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, kind: Waves, backward: Backward
+    spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, keys: int, kind: Waves, backward: Backward
 ) -> tuple[float, float]:
     """(waves, flops) of a call as Curve's formula has them: the flops are what all SMs could make in the time that the
     tiles take them, those that idle while the last tiles run included."""
     q, k, group = spec.seqlen_q, spec.seqlen_k, spec.num_heads / spec.num_heads_kv
-    short = min(q, k)
-    mean = (short * (short + 1) / 2 + (q - short) * k) / (q * k) if spec.is_causal else 1.0  # share of pairs that count
-    longest = short / k if spec.is_causal else 1.0  # of the keys, that the last row sees; of the rows, see key 0: all
-    per_pair = 2 * (spec.head_dim + spec.head_dim_v) * num_sms
-
+    per_pair = 2 * (spec.head_dim + spec.head_dim_v) * num_sms * rows
     waves = _waves(spec.batch * spec.num_heads * -(-q // rows), num_sms, kind)
-    in_queries = _busy(waves, mean, longest, kind) * rows * k * per_pair
+    if spec.is_causal:
+        seen = [-(-min(last, q, k) // keys) * keys for last in range(rows, q + rows, rows)]
+    else:
+        seen = [-(-k // keys) * keys]
+    in_queries = _busy(waves, math.fsum(seen) / len(seen), max(seen), kind) * per_pair
     if direction == "forward" or backward == "by queries":
         return waves, in_queries * FORWARDS[direction]
     of_keys = _waves(spec.batch * spec.num_heads_kv * -(-k // rows), num_sms, kind)
-    in_keys = _busy(of_keys, mean, 1.0, kind) * rows * q * group * per_pair
+    whole = -(-q // keys) * keys
+    seeing = [whole]
+    if spec.is_causal:
+        seeing = [whole - first // keys * keys if first < q else 0 for first in range(0, k, rows)]
+    in_keys = _busy(of_keys, math.fsum(seeing) / len(seeing), max(seeing), kind) * group * per_pair
     return waves, in_queries + (FORWARDS[direction] - 1.0) * in_keys
 
 
@@ -226,7 +232,7 @@ def _waves(tiles: int, num_sms: int, kind: Waves) -> float:
 
 
 def _busy(waves: float, mean: float, longest: float, kind: Waves) -> float:
-    """How many full tiles' time an SM takes for its tiles, of which one has ``mean`` of a full one's work."""
+    """What an SM has to do, of whose tiles one has ``mean`` on average."""
     return (waves - 1) * mean + longest if kind == "last" else max(waves * mean, longest)
 
 
@@ -283,7 +289,10 @@ def _rule(entry: dict[str, Any]) -> Rule:
     fa4, small, native = (_curve(**entry[side]) if entry.get(side) else None for side in ("fa4", "small", "native"))
     thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
     rates = all(
-        curve.tflops > 0 and min(curve[:4]) >= 0 and curve.rows > 0 and (curve.gbs is None or curve.gbs > 0)
+        curve.tflops > 0
+        and min(curve[:4]) >= 0
+        and min(curve.rows, curve.keys) > 0
+        and (curve.gbs is None or curve.gbs > 0)
         for curve in (fa4, small, native)
         if curve
     )
@@ -319,13 +328,13 @@ def _rule(entry: dict[str, Any]) -> Rule:
     )
 
 
-def _curve(rows: int, waves: Waves, backward: Backward, gbs: float | None = None, **figures: float) -> Curve:
+def _curve(rows: int, keys: int, waves: Waves, backward: Backward, gbs: float | None = None, **figures: float) -> Curve:
     for name, value, known in (("waves", waves, get_args(Waves)), ("backward", backward, get_args(Backward))):
         if value not in known:
             raise ValueError(f"{name} {value!r}, not one of {', '.join(known)}")
     known_figures = {name: float(value) for name, value in figures.items()}
     rate = None if gbs is None else float(gbs)
-    return Curve(**known_figures, gbs=rate, rows=int(rows), waves=waves, backward=backward)
+    return Curve(**known_figures, gbs=rate, rows=int(rows), keys=int(keys), waves=waves, backward=backward)
 
 
 def to_json(table: Crossover, provenance: dict[str, Any]) -> str:

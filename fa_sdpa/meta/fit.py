@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 
 from .crossover import (
+    KEYS,
     ROWS,
     Backward,
     Curve,
@@ -86,15 +87,16 @@ def rule(
     of_small = [is_small(spec) for spec in specs]
     splits = min(sum(of_small), len(cells) - sum(of_small)) >= 2 * MIN_CELLS
 
+    fa4_host_us = max(_medians(cells, [cell.fa4_host_us for cell in cells]))  # of grouped heads, or of the others
+    native_host_us = min(_medians(cells, [cell.native_host_us for cell in cells]))
+
     def fa4_of(wanted: bool | None) -> Curve:
         chosen = [cell for cell, small in zip(cells, of_small, strict=True) if wanted is None or small is wanted]
-        times = [cell.fa4_us for cell in chosen], [cell.fa4_host_us for cell in chosen]
-        return curve([cell.spec for cell in chosen], direction, num_sms, *times)
+        times = [cell.fa4_us for cell in chosen]
+        return curve([cell.spec for cell in chosen], direction, num_sms, times, fa4_host_us)
 
     fa4, small = (fa4_of(False), fa4_of(True)) if splits else (fa4_of(None), None)
-    native = curve(
-        specs, direction, num_sms, [cell.native_us for cell in cells], [cell.native_host_us for cell in cells]
-    )
+    native = curve(specs, direction, num_sms, [cell.native_us for cell in cells], native_host_us)
     off = []
     for cell, by_small in zip(cells, of_small, strict=True):
         mine = small if small and by_small else fa4
@@ -128,17 +130,17 @@ def curve(
     direction: Direction,
     num_sms: int,
     device_us: Sequence[float],
-    host_us: Sequence[float],
+    host_us: float,
 ) -> Curve:
-    """The figures whose device times are off least, as shares of the measured ones, over all rows of a tile and kinds
-    of waves that there are. ValueError for times that no figures have."""
+    """The figures whose device times are off least, as shares of the measured ones, over all tiles and kinds of
+    waves that there are. ValueError for times that no figures have."""
     targets = torch.tensor(device_us, dtype=torch.float64)
     best, least = None, math.inf
     kinds = get_args(Waves) if any(spec.is_causal for spec in specs) else ("even", "whole")  # "last" is "whole" there
     backwards = get_args(Backward) if direction == "training" else ("by queries",)
     memory = [num_bytes(spec, direction) / 1e3 for spec in specs]
-    for rows, kind, backward in itertools.product(ROWS, kinds, backwards):
-        loads = [work(spec, direction, num_sms, rows, kind, backward) for spec in specs]
+    for rows, keys, kind, backward in itertools.product(ROWS, KEYS, kinds, backwards):
+        loads = [work(spec, direction, num_sms, rows, keys, kind, backward) for spec in specs]
         shares = [(1.0, waves, flops / 1e6, size) for (waves, flops), size in zip(loads, memory, strict=True)]
         columns = torch.tensor(shares, dtype=torch.float64)[:, : _figures(len(specs))]
         figures = _positive(columns / targets[:, None])
@@ -147,13 +149,23 @@ def curve(
         predicted = columns @ torch.tensor(figures, dtype=torch.float64)
         off = float((predicted / targets).log().square().sum())
         if off < least * (1 - 1e-6):  # what differs by rounding alone is a tie, and the first has it
-            best, least = (figures, rows, kind, backward), off
+            best, least = (figures, rows, keys, kind, backward), off
     if best is None:
         raise ValueError("times that do not grow with the math")
-    (launch, tile, per_flop, *rest), rows, kind, backward = best
+    (launch, tile, per_flop, *rest), rows, keys, kind, backward = best
     per_byte = rest[0] if rest else 0.0
-    host, gbs = statistics.median(host_us), round(1.0 / per_byte, 1) if per_byte * MOST_GBS > 1.0 else None
-    return Curve(round(host, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1), rows, kind, backward, gbs)
+    gbs = round(1.0 / per_byte, 1) if per_byte * MOST_GBS > 1.0 else None
+    times = round(host_us, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1)
+    return Curve(*times, rows, keys, kind, backward, gbs)
+
+
+def _medians(cells: Sequence[Timed], values: Sequence[float]) -> list[float]:
+    """The median of the cells with grouped heads, and that of the others."""
+    found = []
+    for grouped in (False, True):
+        chosen = [value for cell, value in zip(cells, values, strict=True) if _grouped(cell.spec) is grouped]
+        found += [statistics.median(chosen)] if chosen else []
+    return found
 
 
 def _figures(cells: int) -> int:

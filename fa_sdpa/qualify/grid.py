@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,47 +33,69 @@ CPU_CHECKS = {
 }
 
 QUICK_SIZES = ((1, 512), (1, 2048), (1, 8192), (4, 512), (8, 1024), (32, 512), (4, 4096), (64, 128))  # batch, seqlen
+QUICK_GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048), (16, 1024))
 FULL_SIZES = (
     *((1, s) for s in (128, 256, 512, 1024, 2048, 4096, 16384)),
-    *((4, s) for s in (128, 512, 1024, 4096)),
-    *((16, s) for s in (64, 256, 1024, 2048)),
-    *((64, s) for s in (64, 128, 512)),
+    *((b, s) for b, s in ((4, 256), (4, 1024), (16, 128), (16, 1024), (64, 512))),
 )
-GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048), (16, 1024), (32, 256), (2, 4096))
-FEW_HEADS = ((1, 512), (1, 2048), (2, 8192), (8, 1024))
+GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048))
+DRAWN = 12  # random calls of each kind: what lies between round sizes costs more, on both sides
+HEAD_DIMS = (64, 128, 80, 96, 192, 256)
+GROUPS = (1, 1, 1, 4, 7, 8)
+MOST_BYTES, MOST_FLOPS = 4 << 30, 10e12
 
 
 def cells(quick: bool) -> list[Cell]:
-    """The grid: head dims, masks, grouping, few and many heads, batches and lengths; SHOWN first."""
+    """The grid: head dims, masks, grouping, many heads and few, batches and lengths; SHOWN first."""
+    found = regular(quick)
+    if not quick:
+        rng = random.Random(0)
+        for head_dim, head_dim_v in (*((d, d) for d in HEAD_DIMS), (192, 128)):
+            for is_causal in (False, True):
+                found += [draw(rng, head_dim, head_dim_v, is_causal) for _ in range(DRAWN)]
+    return list(dict.fromkeys(found))
+
+
+def regular(quick: bool) -> list[Cell]:
+    """The cells of round sizes, which make pictures."""
     found = [SHOWN, SHOWN._replace(is_causal=True)]
-    for head_dim in (64, 128) if quick else (64, 128, 80, 96, 192, 256):
+    for head_dim in HEAD_DIMS[:2] if quick else HEAD_DIMS:
         for is_causal in (False, True):
             heads = 2048 // head_dim
-            sizes = QUICK_SIZES if quick else FULL_SIZES
-            found += [_square(b, heads, heads, s, head_dim, is_causal) for b, s in sizes]
-            if not quick:
-                found += [_square(b, 8, 8, s, head_dim, is_causal) for b, s in FEW_HEADS]
+            found += [
+                _square(b, heads, heads, s, head_dim, is_causal) for b, s in (QUICK_SIZES if quick else FULL_SIZES)
+            ]
             if head_dim in (64, 128):
-                grouped = GROUPED_SIZES[:6] if quick else GROUPED_SIZES
-                found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in grouped]
-                if not quick:
-                    found += [_square(b, 28, 4, s, head_dim, is_causal) for b, s in GROUPED_SIZES[:4]]
+                sizes = QUICK_GROUPED_SIZES if quick else GROUPED_SIZES
+                found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in sizes]
             if not quick:
                 found.append(Cell(4, heads, heads, 512, 4096, head_dim, head_dim, is_causal))
     if not quick:
         found += [
-            cell._replace(head_dim_v=128)
+            _square(b, 16, 16, s, 192, is_causal)._replace(head_dim_v=128)
             for is_causal in (False, True)
-            for cell in (_square(b, 16, 16, s, 192, is_causal) for b, s in FULL_SIZES)
+            for b, s in FULL_SIZES
         ]
     return list(dict.fromkeys(found))
+
+
+def draw(rng: random.Random, head_dim: int, head_dim_v: int, is_causal: bool) -> Cell:
+    """A random call: batch 1 to 64, 4 to 64 heads, lengths 16 to 16k log-uniform; not too large to be timed."""
+    while True:
+        seqlen, group = round(2 ** rng.uniform(4, 14)), rng.choice(GROUPS)
+        heads = max(rng.randint(4, 64) // group, 1) * group
+        batch = rng.choice((1, rng.randint(1, 64)))
+        cell = Cell(batch, heads, heads // group, seqlen, seqlen, head_dim, head_dim_v, is_causal)
+        if cell.bytes_of("both") <= MOST_BYTES and cell.flops_of("both") <= MOST_FLOPS:
+            return cell
 
 
 def mixed(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with all kinds in turns, so that whoever stops early has some of each."""
     kinds: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        kinds.setdefault((cell.head_dim, cell.head_dim_v, cell.is_causal), []).append(cell)
+        kind = cell.head_dim, cell.head_dim_v, cell.is_causal, cell.heads != cell.heads_kv
+        kinds.setdefault(kind, []).append(cell)
     return [cell for turn in itertools.zip_longest(*kinds.values()) for cell in turn if cell is not None]
 
 

@@ -21,7 +21,9 @@ def write(findings: Findings, out: Path, kept: list[Path]) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     if plots.available() and findings.rows:
-        pictures = plots.plot(findings.rows, out / "plots")
+        regular = {str(cell) for cell in grid.regular(findings.quick)}
+        rows = [row for row in findings.rows if row["cell"] in regular]
+        pictures = plots.plot(rows or findings.rows, out / "plots")
     text = markdown(findings, [path.relative_to(out) for path in pictures], kept)
     (out / "report.md").write_text(text)
     (out / "report.json").write_text(as_json(content(findings)))

@@ -27,7 +27,7 @@ from . import grid
 from .session import Answer, Session
 
 LIMITS = {"describe": 60.0, "ceilings": 60.0, "check": 60.0, "time": 60.0}  # seconds
-QUICK_ROUNDS, ROUNDS = 3, 10
+QUICK_ROUNDS, ROUNDS = 3, 8
 IDENTITY = ("fa_sdpa", "name", "driver", "torch", "cuda", "kernels")  # of what a journal is about
 
 Say = Callable[[str, str, bool], None]  # a step's name, what became of it, whether it failed
