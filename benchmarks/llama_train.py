@@ -15,8 +15,10 @@ Runs, all in one process, all on the same batches in the same order:
     torch, seed 1    other weights at the start
     fa_sdpa          as torch, routed by policy
 Two runs are apart by the root mean square, over the last two thirds of the steps, of the difference of their losses on
-the same batch. fa_sdpa must be no further from torch than the furthest of torch's own runs, by that measure and by the
-mean difference; the distances of those that start from the same weights are printed beside it. Every attention call
+the same batch. fa_sdpa must be no further from torch than the furthest of torch's own runs; the distances of those that
+start from the same weights are printed beside it. Nor may its losses be lower or higher on average: the mean difference
+must be 0 at the 95 % level, by the method of batch means, as neighbouring steps have like differences, or smaller than
+that of one of torch's own runs. Every attention call
 must have taken the way its run is named by: counted by ``fa_sdpa.stats()`` and, forward and backward, by the kernels
 that a profiler sees in one step. Exit status 1 if not, or if the loss did not fall.
 
@@ -56,6 +58,10 @@ import llama  # noqa: E402
 SHAPE = ("batch", "seqlen", "layers", "heads", "kv_heads", "head_dim")
 WARM_UP, WARM_UP_SEED = 3, 12345  # steps, and the seed of their data
 WINDOW = 10  # steps whose mean is drawn
+BLOCKS, QUANTILE = (
+    10,
+    2.262,
+)  # of steps, whose means are taken to be independent; of Student's t for 95 % with 9 degrees
 KERNELS = {  # what runs attention, by the kernels' names
     "fa_sdpa": (r"fa_sdpakernelssm\d+forward", r"fa_sdpakernelssm\d+backward"),
     "torch": (
@@ -206,11 +212,24 @@ def wrong_way(run: Run, stats: fa_sdpa.Stats, kernels: dict[str, int] | None, st
 # ---- judgement -------------------------------------------------------------------------------------------------------
 
 
-def apart(losses: list[float], others: list[float]) -> tuple[float, float]:
-    """How far two curves are apart over the last two thirds: root mean square, and mean, of the difference."""
+class Distance(NamedTuple):
+    """Of two curves over their last two thirds, of the differences of losses."""
+
+    rms: float
+    mean: float
+    error: float  # standard error of the mean
+
+
+def apart(losses: list[float], others: list[float]) -> Distance:
+    """How far two curves are apart."""
     differences = [a - b for a, b in zip(losses, others, strict=True)][len(losses) // 3 :]
     mean = math.fsum(differences) / len(differences)
-    return math.sqrt(math.fsum(x * x for x in differences) / len(differences)), mean
+    rms = math.sqrt(math.fsum(x * x for x in differences) / len(differences))
+    size = len(differences) // BLOCKS
+    means = [math.fsum(differences[i * size : (i + 1) * size]) / max(size, 1) for i in range(BLOCKS)]
+    center = math.fsum(means) / BLOCKS
+    variance = math.fsum((x - center) ** 2 for x in means) / (BLOCKS - 1)
+    return Distance(rms, mean, math.sqrt(variance / BLOCKS))
 
 
 def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -224,16 +243,16 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
         mine = distances.get("fa_sdpa")
         noise = [distance for name, distance in distances.items() if name != "fa_sdpa"]
         if mine and noise:
-            if not mine[0] <= max(rms for rms, _ in noise):  # so written, a NaN is too much
-                wrong.append(f"fa_sdpa is {mine[0]:.3g} from torch, further than torch's own runs")
-            if not abs(mine[1]) <= max(abs(mean) for _, mean in noise):
-                wrong.append(f"fa_sdpa's losses are {mine[1]:+.3g} on average, further off than torch's own runs'")
+            if not mine.rms <= max(own.rms for own in noise):  # so written, a NaN is too much
+                wrong.append(f"fa_sdpa is {mine.rms:.3g} from torch, further than torch's own runs")
+            if not abs(mine.mean) <= max(QUANTILE * mine.error, *(abs(own.mean) for own in noise)):
+                wrong.append(f"fa_sdpa's losses are {mine.mean:+.3g} on average, standard error {mine.error:.3g}")
         tenth = max(len(base or ()) // 10, 1)
         for name, losses in curves.items():
             if len(losses) >= 100 and not math.fsum(losses[-tenth:]) / tenth < 0.75 * losses[0]:
                 wrong.append(f"{name}: the loss did not fall")
         verdict[mode] = {
-            "apart_from_torch": {name: {"rms": rms, "mean": mean} for name, (rms, mean) in distances.items()},
+            "apart_from_torch": {name: distance._asdict() for name, distance in distances.items()},
             "wrong": wrong,
         }
     return verdict
@@ -242,11 +261,13 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """One line a run."""
     verdict = judge(rows)
-    lines = [f"\n{'':28}{'tokens/s':>10}{'peak GB':>9}{'loss':>9}{'apart':>10}{'mean':>10}   (loss of the last tenth)"]
+    lines = [
+        f"\n{'':28}{'tokens/s':>10}{'peak GB':>9}{'loss':>9}{'apart':>10}{'mean ± s.e.':>19}   (loss of the last tenth)"
+    ]
     for row in rows:
         tail = row["losses"][-max(len(row["losses"]) // 10, 1) :]
         away = verdict[row["mode"]]["apart_from_torch"].get(row["attention"])
-        far = f"{away['rms']:10.4f}{away['mean']:+10.4f}" if away else ""
+        far = f"{away['rms']:10.4f}{away['mean']:+10.4f} ± {away['error']:.4f}" if away else ""
         peak = f"{(row['peak_bytes'] or 0) / 1e9:9.2f}"
         name = f"{row['mode']} {row['attention']}"
         lines.append(f"{name:28}{row['tokens_per_second']:10,.0f}{peak}{sum(tail) / len(tail):9.4f}{far}")
@@ -333,7 +354,7 @@ def keys(args: argparse.Namespace) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write, after every run; the plot goes beside it")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="only plot this result file")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="only judge this result file anew and plot it")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=1)
@@ -349,7 +370,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no run is begun")
     args = parser.parse_args()
     if args.plot:
-        return print(plot(args.plot))
+        content = json.loads(args.plot.read_text())
+        content["verdict"] = judge(content["results"])
+        args.plot.write_text(json.dumps(content, indent=1) + "\n")
+        return print(table(content["results"]), plot(args.plot), sep="\n")
     if args.list_keys:
         return print("\n".join(keys(args)))
     start = time.perf_counter()

@@ -59,11 +59,18 @@ def llama_train(content: dict[str, Any]) -> str:
         rate, tail = row["tokens_per_second"], row["losses"][-(len(row["losses"]) // 10) :]
         ratio = rate / rates[row["mode"], "torch"]
         away = content["verdict"][row["mode"]]["apart_from_torch"].get(row["attention"])
-        far = f"{away['rms']:.4f} ({away['mean']:+.4f})" if away else ""
+        far = f"{away['rms']:.4f} ({away['mean']:+.4f} ± {away['error']:.4f})" if away else ""
         name = f"{row['mode']}, {row['attention'].replace(', ', ' ')}"
         rows.append([name, f"{rate:,.0f}", f"{ratio:.3f}×", f"{row['peak_bytes'] / 1e9:.1f}"])
         rows[-1] += [f"{sum(tail) / len(tail):.4f}", far]
-    header = ["training", "tokens/s", "ratio", "peak GB", "loss, last tenth", "apart from torch: rms (mean)"]
+    header = [
+        "training",
+        "tokens/s",
+        "ratio",
+        "peak GB",
+        "loss, last tenth",
+        "apart from torch: rms (mean ± its standard error)",
+    ]
     picture = "![Loss curves of all runs, and their distance from torch's](benchmarks/results/llama_train_h100.png)"
     return f"{markdown(header, rows)}\n{picture}\n"
 

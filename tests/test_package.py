@@ -120,7 +120,7 @@ def llama_train(monkeypatch):
 
 def test_training_runs_become_a_table(readme_numbers, llama_train):
     text = readme_numbers.llama_train({"results": RUNS, "verdict": llama_train.judge(RUNS)})
-    assert "| eager, fa_sdpa | 1,100 | 1.100× | 25.0 | 2.1635 | 0.0010 (+0.0010) |" in text
+    assert "| eager, fa_sdpa | 1,100 | 1.100× | 25.0 | 2.1635 | 0.0010 (+0.0010 ± 0.0000) |" in text
     assert "| eager, torch | 1,000 | 1.000× | 25.0 | 2.1625 |  |" in text and "llama_train_h100.png" in text
 
 
@@ -129,11 +129,15 @@ def test_training_is_judged_by_how_far_torchs_own_runs_are_apart(llama_train):
     for losses, complaint in (
         ([x + 0.05 * (-1) ** i for i, x in enumerate(FALLING)], "fa_sdpa is 0.05 from torch"),
         ([x + 0.04 for x in FALLING], "+0.04 on average"),
+        ([x + 0.031 + 0.002 * (-1) ** i for i, x in enumerate(FALLING)], "+0.031 on average"),
         ([*FALLING[:-1], float("nan")], "fa_sdpa is nan"),
         ([5.0 - 0.001 * step for step in range(120)], "fa_sdpa: the loss did not fall"),
     ):
         wrong = llama_train.judge([RUNS[0], training_run("fa_sdpa", losses), *RUNS[2:]])["eager"]["wrong"]
         assert any(complaint in text for text in wrong), wrong
+    drifting = [x + 0.05 * (-1) ** (i // 15) for i, x in enumerate(FALLING)]  # neighbours alike, 0.01 on average
+    distance = llama_train.apart([x + 0.01 for x in drifting], FALLING)
+    assert distance.error > 0.01 and abs(distance.mean) < 2 * distance.error
     stray = training_run("fa_sdpa", FALLING, wrong=["a call went elsewhere"])
     assert "fa_sdpa: a call went elsewhere" in llama_train.judge([RUNS[0], stray, *RUNS[2:]])["eager"]["wrong"]
 

@@ -26,11 +26,11 @@ thresholds:
   long as its longest tile; the bytes are those of query, key, value and the like, and null is no time for them. A
   ``backward`` that is cut "by keys" has its flops in tiles of ``rows`` keys of a key/value head, and takes the query
   rows by ``keys`` at a time. ``small``, if not null, is fa4's curve for calls that its kernels serve with their
-  smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is longer. fa4 is taken
-  where it is predicted to be faster by ``margin`` on the device, and no slower in eager mode. ``error`` is the standard
-  deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of key and of
-  query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures were fitted
-  to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
+  smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is longer. fa4 is
+  taken where it is predicted to be faster by ``margin`` on the device, and no slower in eager mode. ``error`` is the
+  standard deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of key
+  and of query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures were
+  fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
 - **min_seqlen**: (batch, seqlen) pairs in rising order of batch; the last one whose batch the call reaches gives the
   length from which both of the call's sequences must be on.
 
