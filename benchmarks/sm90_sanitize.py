@@ -15,9 +15,12 @@ initcheck sees plain loads and stores, but neither what TMA loads nor what it st
 that nobody wrote, for the backward an lse, and it does not check copies to the CPU, where it took every output for
 uninitialised, with a backtrace for each run of bytes.
 
-racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and sees no order between
-it and what the mbarriers of a pipeline order: its control, racecheck_control.cu, is such a pipeline and nothing else.
-What it reports of the backward's lse and δ, which come by such copies, has to be read in that light.
+racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and of the threads that
+free a stage for it knows those alone that arrive at the mbarrier themselves: not the other lanes of a warp, of which
+one arrives behind a warp barrier. racecheck_control.cu is a pipeline of such copies and nothing else, in both ways. The
+backward's lse and δ come by such copies, and its warps arrive by one lane, so racecheck reports each of their reads.
+--every-lane DIR has it look at kernels in which every lane arrives, and which are the same otherwise: a bundle, which
+is made where DIR has none (that needs the compiler, and no GPU).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,6 +281,24 @@ def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
     }
 
 
+def bundle_of_every_lane(directions: Sequence[str], directory: Path) -> None:
+    """Write a bundle of the backward kernels, changed in one thing: at the barriers that free a stage every lane of a
+    warp arrives."""
+    from cutlass import Boolean
+
+    from fa_sdpa.kernels.compile import write_bundle
+    from fa_sdpa.kernels.sm90.backward import Backward
+
+    by_warps = Backward._pipeline
+
+    def by_lanes(self: Backward, barriers: Any, stages: int, num_bytes: int, warps: int) -> Any:
+        made = by_warps(self, barriers, stages, num_bytes, 32 * warps)
+        return dataclasses.replace(made, is_signaling_thread=Boolean(True))
+
+    Backward._pipeline = by_lanes  # type: ignore[method-assign]
+    write_bundle(sorted(keys(directions), key=lambda key: key.name), directory)
+
+
 def run_cases(directions: Sequence[str], part: int, parts: int) -> None:
     """Every case whose number is ``part`` modulo ``parts``."""
     import torch
@@ -418,13 +439,17 @@ def run_control(direction: str) -> None:
     torch.cuda.synchronize()
 
 
-def sanitize(tool: str, direction: str, timeout: int, jobs: int) -> dict[str, Any]:
+def sanitize(tool: str, direction: str, timeout: int, jobs: int, every_lane: Path | None) -> dict[str, Any]:
     """All cases of one direction under one tool, in so many processes, as most of the time goes into a kernel's first
-    launch."""
+    launch. ``every_lane``: the bundle for racecheck."""
     start = time.perf_counter()
     what = ["--run-cases", "--directions", direction, "--part"]
+    of_lanes = every_lane if tool == "racecheck" and direction.endswith("backward") else None
+    kernels = {"FA_SDPA_BUNDLE": str(of_lanes)} if of_lanes else {}
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs = list(pool.map(lambda part: run_under(tool, [*what, str(part), str(jobs)], timeout), range(jobs)))
+        runs = list(
+            pool.map(lambda part: run_under(tool, [*what, str(part), str(jobs)], timeout, kernels), range(jobs))
+        )
     finished = [int(number) for _, output in runs for number in re.findall(r"cases: (\d+)", output)]
     slowest = [(float(s), case) for _, output in runs for s, case in re.findall(r"slowest: ([\d.]+) s, (.*)", output)]
     summaries = [
@@ -447,7 +472,8 @@ def sanitize(tool: str, direction: str, timeout: int, jobs: int) -> dict[str, An
         reports = re.findall(r"Uninitialized __global__ memory read", output)
         result["control"] = f"{len(reports)} reports of what nobody wrote"
         result["clean"] = result["clean"] and bool(reports)
-    if tool == "racecheck" and direction == "backward":
+    if tool == "racecheck" and direction.endswith("backward"):
+        result["arrives"] = "every lane" if of_lanes else "one lane of each warp"
         result["control"] = racecheck_control(timeout)
     return result
 
@@ -473,12 +499,12 @@ def racecheck_control(timeout: int) -> str:
     return f"a pipeline of bulk copies by the book, to whose mbarrier arrive {'; '.join(said)}"
 
 
-def run_under(tool: str, what: Sequence[str], timeout: int) -> tuple[int, str]:
+def run_under(tool: str, what: Sequence[str], timeout: int, kernels: Mapping[str, str] = {}) -> tuple[int, str]:
     """Exit status (124: it did not end in time) and output of this file under a tool."""
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=kernel_cutlass", "--error-exitcode", "9"]
     if tool == "initcheck":  # it does not see what TMA writes, and would report every copy of an output to the CPU
         command += ["--check-api-memory-access", "no"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4"}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4", **kernels}
     command += [sys.executable, __file__, *what]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
@@ -494,6 +520,7 @@ def main() -> None:
     parser.add_argument("--directions", nargs="*", default=DIRECTIONS, choices=DIRECTIONS)
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one tool")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
+    parser.add_argument("--every-lane", type=Path, metavar="DIR", help="bundle for racecheck of a backward")
     parser.add_argument("--jobs", type=int, default=4, help="processes for one tool")
     parser.add_argument("--run-cases", action="store_true", help="only run the cases, under no tool")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help="which of how many parts of them")
@@ -505,9 +532,11 @@ def main() -> None:
         return run_control(args.directions[0])
     if args.list_keys:
         return print("\n".join(sorted(key.name for key in keys(args.directions))))
+    if args.every_lane and not (args.every_lane / "manifest.json").exists():
+        bundle_of_every_lane([d for d in args.directions if d.endswith("backward")], args.every_lane)
     runs = [(tool, direction) for direction in args.directions for tool in args.tools]
     with concurrent.futures.ThreadPoolExecutor(len(runs)) as pool:
-        results = list(pool.map(lambda run: sanitize(run[0], run[1], args.timeout, args.jobs), runs))
+        results = list(pool.map(lambda run: sanitize(run[0], run[1], args.timeout, args.jobs, args.every_lane), runs))
     for result in results:
         print({name: value for name, value in result.items() if name != "output"})
     if args.out:
