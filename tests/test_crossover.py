@@ -17,7 +17,7 @@ from fa_sdpa import kernels, tables
 from fa_sdpa.kernels import compile as compiling
 from fa_sdpa.kernels import quarantine
 from fa_sdpa.meta import crossover, fit, user
-from fa_sdpa.meta.crossover import Crossover, Curve, Rule, work
+from fa_sdpa.meta.crossover import Crossover, Curve, Rule, is_ragged, work
 from fa_sdpa.meta.spec import AttentionSpec
 from fa_sdpa.meta.target import Target
 from fa_sdpa.policy import Policy, decide
@@ -147,13 +147,21 @@ def test_fit_finds_the_rate_of_memory_where_many_cells_tell_it():
     assert fit.rules(cells[: fit.MANY - 1], 132)[0].fa4.gbs is None
 
 
+def test_fit_finds_what_keys_cost_that_end_within_a_block():
+    curve = Curve(9.0, 3.0, 1.5, 600.0, 128, 128, "whole", ragged=0.15)  # seqlen 300 alone is ragged
+    found = fit.rules(cells_of(curve, NATIVE), 132)[0]
+    assert found.fa4.ragged == pytest.approx(0.15, abs=0.01) and found.native.ragged < 0.01
+    assert is_ragged(SPEC._replace(seqlen_k=300)) and not is_ragged(SPEC._replace(seqlen_k=64))
+
+
 def test_grouped_heads_cost_the_host_more_and_torch_less():
     """Where one rule serves both kinds, it is the dearer one of ours and the cheaper one of torch's."""
     cells = cells_of(FA4, NATIVE) + [
         cell._replace(fa4_host_us=40.0, native_host_us=12.0) for cell in cells_of(FA4, NATIVE, heads_kv=1)
     ]
     (rule,) = fit.rules(cells, 132)
-    assert rule.grouped is None and (rule.fa4.host_us, rule.native.host_us) == (40.0, 12.0)
+    assert rule.grouped is None
+    assert rule.fa4.host_us / rule.native.host_us == pytest.approx(40.0 / 12.0, rel=1e-3)
 
 
 def test_small_tiles_have_a_curve_of_their_own(tmp_path):
@@ -167,13 +175,13 @@ def test_small_tiles_have_a_curve_of_their_own(tmp_path):
     ]
     together, apart = (fit.rules(cells, 132, small)[0] for small in (lambda spec: False, is_small))
     assert together.small is None and together.error > 2 * apart.error
-    assert apart.small[1:4] == pytest.approx(slow[1:4], rel=0.01, abs=0.02)
-    assert apart.fa4[:4] == pytest.approx(FA4[:4], rel=0.01, abs=0.02)
-    for spec in (SPEC._replace(batch=1, seqlen_q=300, seqlen_k=300), SPEC._replace(batch=64)):
+    for spec in (*(cell.spec for cell in cells), SPEC._replace(batch=64)):
         curve = slow if is_small(spec) else FA4
         predicted = apart.predict(spec, 132, is_small(spec)).fa4_us
         assert predicted == pytest.approx(curve.device_us(spec, "forward", 132), rel=0.02)
-    few = [cell for cell in cells if not is_small(cell.spec)] + [cell for cell in cells if is_small(cell.spec)][:7]
+    few = [cell for cell in cells if not is_small(cell.spec)] + [cell for cell in cells if is_small(cell.spec)][
+        : fit.MIN_SPLIT - 1
+    ]
     assert fit.rules(few, 132, is_small)[0].small is None
     path = tmp_path / "table.json"
     path.write_text(crossover.to_json(Crossover(90, "mine", (apart,), 132), {"source": "mine"}))

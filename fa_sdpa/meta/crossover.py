@@ -7,10 +7,10 @@ A table is a JSON file in this package's ``tables/`` folder, or one of the user'
      "rules": [
        {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
         "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "keys": 128,
-                   "waves": "even", "backward": "by queries", "gbs": 4100.0},
+                   "waves": "even", "backward": "by queries", "gbs": 4100.0, "ragged": 0.0},
         "small":  null,
         "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "keys": 64,
-                   "waves": "last", "backward": "by queries", "gbs": null},
+                   "waves": "last", "backward": "by queries", "gbs": null, "ragged": 0.1},
         "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
        {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
@@ -23,7 +23,9 @@ thresholds:
   ``keys`` at a time; ``waves`` are tiles over SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or
   "last" (likewise, and in a causal call the longest tiles run last). On the device a call takes launch_us + waves ·
   tile_us + flops / tflops + bytes / gbs, where the flops are those of whole tiles, and a causal call takes at least as
-  long as its longest tile; the bytes are those of query, key, value and the like, and null is no time for them. A
+  long as its longest tile; the bytes are those of query, key, value and the like, and null is no time for them. The
+  flops take ``ragged`` longer, as a share, where the keys are more than 128 and no
+  multiple of it. A
   ``backward`` that is cut "by keys" has its flops in tiles of ``rows`` keys of a key/value head, and takes the query
   rows by ``keys`` at a time. ``small``, if not null, is fa4's curve for calls that its kernels serve with their
   smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is longer. fa4 is
@@ -53,6 +55,7 @@ SCHEMA = 4
 Direction = Literal["forward", "training"]
 ROWS = (64, 128, 192)  # of a tile, that are tried
 KEYS = (1, 64, 128)  # at a time, likewise
+WHOLE = 128  # keys, of whose multiples a length is not ragged
 Mask = Literal["none", "bool", "float"]
 Waves = Literal["even", "whole", "last"]
 Backward = Literal["by queries", "by keys"]
@@ -73,12 +76,14 @@ class Curve(NamedTuple):
     waves: Waves = "even"
     backward: Backward = "by queries"
     gbs: float | None = None
+    ragged: float = 0.0
 
     def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
         """What a call takes on the device."""
         waves, flops = work(spec, direction, num_sms, self.rows, self.keys, self.waves, self.backward)
         memory = num_bytes(spec, direction) / (self.gbs * 1e3) if self.gbs else 0.0
-        return self.launch_us + waves * self.tile_us + flops / (self.tflops * 1e6) + memory
+        math_us = flops / (self.tflops * 1e6) * (1.0 + self.ragged * is_ragged(spec))
+        return self.launch_us + waves * self.tile_us + math_us + memory
 
 
 class Prediction(NamedTuple):
@@ -193,6 +198,11 @@ class Rule(NamedTuple):
 def rows_of(spec: AttentionSpec) -> int:
     """Query rows of a call."""
     return spec.batch * spec.num_heads * spec.seqlen_q
+
+
+def is_ragged(spec: AttentionSpec) -> bool:
+    """Whether the keys are some blocks and a part of one."""
+    return spec.seqlen_k > WHOLE and spec.seqlen_k % WHOLE != 0
 
 
 def num_bytes(spec: AttentionSpec, direction: Direction) -> float:
@@ -328,7 +338,7 @@ def _rule(entry: dict[str, Any]) -> Rule:
     )
 
 
-def _curve(rows: int, keys: int, waves: Waves, backward: Backward, gbs: float | None = None, **figures: float) -> Curve:
+def _curve(rows: int, keys: int, waves: Waves, backward: Backward, gbs: float | None, **figures: float) -> Curve:
     for name, value, known in (("waves", waves, get_args(Waves)), ("backward", backward, get_args(Backward))):
         if value not in known:
             raise ValueError(f"{name} {value!r}, not one of {', '.join(known)}")

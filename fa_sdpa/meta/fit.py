@@ -20,6 +20,7 @@ from .crossover import (
     Measured,
     Rule,
     Waves,
+    is_ragged,
     num_bytes,
     rows_of,
     work,
@@ -27,8 +28,9 @@ from .crossover import (
 from .spec import AttentionSpec
 
 MIN_CELLS = 4  # that a rule takes
+MIN_SPLIT = 5  # with small tiles, and with others, that each their own curve takes
 TOGETHER = 1.25  # times the error of two rules, by grouping, that one for both may have
-FIGURES = 3  # of a curve, that are fitted to them; with MANY cells one more, the rate of memory
+FIGURES = 3  # of a curve, that are fitted to them; with MANY cells two more, the rate of memory and what is ragged
 MANY = 16
 MOST_GBS = 1e5  # what is faster takes no time
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
@@ -85,10 +87,10 @@ def rule(
     direction, head_dim, head_dim_v, is_causal = kind
     specs = [cell.spec for cell in cells]
     of_small = [is_small(spec) for spec in specs]
-    splits = min(sum(of_small), len(cells) - sum(of_small)) >= 2 * MIN_CELLS
+    splits = min(sum(of_small), len(cells) - sum(of_small)) >= MIN_SPLIT
 
-    fa4_host_us = max(_medians(cells, [cell.fa4_host_us for cell in cells]))  # of grouped heads, or of the others
-    native_host_us = min(_medians(cells, [cell.native_host_us for cell in cells]))
+    native_host_us = statistics.median(cell.native_host_us for cell in cells)
+    fa4_host_us = native_host_us * _host_ratio(cells)
 
     def fa4_of(wanted: bool | None) -> Curve:
         chosen = [cell for cell, small in zip(cells, of_small, strict=True) if wanted is None or small is wanted]
@@ -141,7 +143,10 @@ def curve(
     memory = [num_bytes(spec, direction) / 1e3 for spec in specs]
     for rows, keys, kind, backward in itertools.product(ROWS, KEYS, kinds, backwards):
         loads = [work(spec, direction, num_sms, rows, keys, kind, backward) for spec in specs]
-        shares = [(1.0, waves, flops / 1e6, size) for (waves, flops), size in zip(loads, memory, strict=True)]
+        shares = [
+            (1.0, waves, flops / 1e6, size, is_ragged(spec) * flops / 1e6)
+            for (waves, flops), size, spec in zip(loads, memory, specs, strict=True)
+        ]
         columns = torch.tensor(shares, dtype=torch.float64)[:, : _figures(len(specs))]
         figures = _positive(columns / targets[:, None])
         if figures is None:
@@ -153,31 +158,32 @@ def curve(
     if best is None:
         raise ValueError("times that do not grow with the math")
     (launch, tile, per_flop, *rest), rows, keys, kind, backward = best
-    per_byte = rest[0] if rest else 0.0
+    per_byte, per_ragged_flop = rest or (0.0, 0.0)
     gbs = round(1.0 / per_byte, 1) if per_byte * MOST_GBS > 1.0 else None
     times = round(host_us, 2), round(launch, 3), round(tile, 4), round(1.0 / per_flop, 1)
-    return Curve(*times, rows, keys, kind, backward, gbs)
+    return Curve(*times, rows, keys, kind, backward, gbs, round(per_ragged_flop / per_flop, 4))
 
 
-def _medians(cells: Sequence[Timed], values: Sequence[float]) -> list[float]:
-    """The median of the cells with grouped heads, and that of the others."""
-    found = []
-    for grouped in (False, True):
-        chosen = [value for cell, value in zip(cells, values, strict=True) if _grouped(cell.spec) is grouped]
-        found += [statistics.median(chosen)] if chosen else []
-    return found
+def _host_ratio(cells: Sequence[Timed]) -> float:
+    """fa4's time on the host over torch's, which is measured beside it, as the host is now busy, now not: of grouped
+    heads or of the others, whichever is larger."""
+    ratios: dict[bool, list[float]] = {}
+    for cell in cells:
+        ratios.setdefault(_grouped(cell.spec), []).append(cell.fa4_host_us / cell.native_host_us)
+    return max(map(statistics.median, ratios.values()))
 
 
 def _figures(cells: int) -> int:
     """How many figures are fitted to so many cells."""
-    return FIGURES + (cells >= MANY)
+    return FIGURES + 2 * (cells >= MANY)
 
 
 def _positive(shares: torch.Tensor) -> list[float] | None:
     """The figures f ≥ 0, the third one above 0, with shares · f nearest to 1."""
     best, least, count = None, math.inf, shares.shape[1]
-    for size in range(count, 0, -1):
-        for chosen in itertools.combinations(range(count), size):  # what is left out is 0
+    present = [i for i in range(count) if shares[:, i].any()]
+    for size in range(len(present), 0, -1):
+        for chosen in itertools.combinations(present, size):  # what is left out is 0
             columns = shares[:, chosen]
             scale = columns.norm(dim=0)
             solved = torch.linalg.lstsq(columns / scale, torch.ones(len(shares), 1, dtype=shares.dtype))
