@@ -376,7 +376,7 @@ def test_a_prepared_backward_launches_what_deterministic_mode_asks_for(launched)
             run(out, q, k, v, out, lse)
         finally:
             torch.use_deterministic_algorithms(False)
-    sizes = [arguments[9].numel() for arguments in launched[1:]]  # of scratch memory
+    sizes = [arguments[11].numel() for arguments in launched[1:]]  # of scratch memory
     assert sizes[0] > sizes[1] and [wanted[4][2] for wanted in launch._backward_plans] == [False, True]
 
 
@@ -439,6 +439,12 @@ def test_a_prepared_backward_is_that_of_the_op(options, heads, heads_kv, sq, sk,
     assert list(map(metadata, results)) == list(map(metadata, expected))
     assert list(map(metadata, launched[0])) == list(map(metadata, launched[1]))
     assert [a.data_ptr() for a in launched[0][1:6]] == [a.data_ptr() for a in launched[1][1:6]]
+    for arguments, grads in zip(launched, (expected, results), strict=True):
+        assert [x.data_ptr() for x in arguments[6:9]] == [x.data_ptr() for x in grads]
+        if sq < 700:  # the kernel writes dK and dV itself
+            assert [x.data_ptr() for x in arguments[9:11]] == [x.data_ptr() for x in grads[1:]]
+        else:
+            assert all(x.shape[1] == heads for x in arguments[9:11])
 
 
 def test_a_prepared_launch_looks_at_addresses_and_the_device(launched, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -255,13 +255,11 @@ def attention_bwd(
     run, elements, scalars, heads = _backward_launch_of(query, key, value, options, attn_mask)
     dq, dk, dv = _empty_grads(query, key, value)
     (scratch,) = _empty(query, ((elements,), (1,), torch.float32))
-    grads: tuple[Tensor, ...] = dk, dv
+    parts: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
-        grads = _empty(query, _parts_layout(key, heads), _parts_layout(value, heads))
+        parts = _empty(query, _parts_layout(key, heads), _parts_layout(value, heads))
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, *grads, scratch, *scalars))
-    if heads != key.shape[1]:
-        _add_parts(grads, (dk, dv))
+    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, *parts, scratch, *scalars))
     return dq, dk, dv
 
 
@@ -307,7 +305,7 @@ def prepared_bwd(
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
     layout_scratch = (elements,), (1,), torch.float32
     heads_kv = key.shape[1]
-    layout_parts = [_parts_layout(x, heads) for x in (key, value)]
+    layout_part_k, layout_part_v = (_parts_layout(x, heads) for x in (key, value))
 
     def fast_run(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
@@ -316,12 +314,8 @@ def prepared_bwd(
         if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
             return any_run(dout, query, key, value, out, lse)
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
-        if heads == heads_kv:
-            run(dout, query, key, value, out, lse, dq, dk, dv, scratch, *scalars)
-            return dq, dk, dv
-        parts = [empty(*layout) for layout in layout_parts]
-        run(dout, query, key, value, out, lse, dq, *parts, scratch, *scalars)
-        _add_parts(parts, (dk, dv))
+        parts = (dk, dv) if heads == heads_kv else (empty(*layout_part_k), empty(*layout_part_v))
+        run(dout, query, key, value, out, lse, dq, dk, dv, *parts, scratch, *scalars)
         return dq, dk, dv
 
     return fast_run
@@ -331,13 +325,6 @@ def _parts_layout(x: Tensor, heads: int) -> Layout:
     """Layout of the gradients of so many parts of key's or value's heads."""
     batch, _, seqlen, size = x.shape
     return (batch, heads, seqlen, size), (seqlen * heads * size, size, heads * size, 1), x.dtype
-
-
-def _add_parts(parts: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Gradients from those of their heads' parts."""
-    for part, grad in zip(parts, grads, strict=True):
-        batch, heads_kv, seqlen, size = grad.shape
-        torch.sum(part.view(batch, heads_kv, -1, seqlen, size), 2, out=grad)
 
 
 class _BackwardLaunch(NamedTuple):

@@ -86,6 +86,8 @@ from cutlass.cute.nvgpu import cpasync, warp, warpgroup
 from cutlass.utils import SmemAllocator
 
 from ..common import fragments, softmax
+from ..common.add_parts import THREADS as ADDING
+from ..common.add_parts import add_parts, num_ctas
 from ..common.atomics import bulk_add
 from ..common.blocks import Window, query_blocks
 from ..common.mask import mask_left, mask_right
@@ -347,8 +349,10 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         mO: cute.Tensor,  # (b, h, s_q, dv)
         mLSE: cute.Tensor,  # (b, h, s_q) fp32
         mdQ: cute.Tensor,  # (b, h, s_q, d)
-        mdK: cute.Tensor,  # (b, h_dk, s_k, d), h_dk a multiple of h_kv
-        mdV: cute.Tensor,  # (b, h_dk, s_k, dv)
+        mdK: cute.Tensor,  # (b, h_kv, s_k, d)
+        mdV: cute.Tensor,  # (b, h_kv, s_k, dv)
+        mPartK: cute.Tensor,  # (b, h_dk, s_k, d), h_dk a multiple of h_kv; mdK itself where they are the same
+        mPartV: cute.Tensor,  # (b, h_dk, s_k, dv)
         mScratch: cute.Tensor,  # fp32, see split_scratch
         softmax_scale: Float32,
         softmax_scale_log2: Float32,  # c of Scoring
@@ -366,7 +370,8 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         window = Window(window_left, window_right) if cutlass.const_expr(self.has_window) else None
         scoring = Scoring(softmax_scale, softmax_scale_log2, window, cap_factor)
         schedule = section, sections, ahead, lag, slots
-        self.launch(mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mScratch, scoring, num_sms, schedule, None, stream)
+        tensors = mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mPartK, mPartV, mScratch
+        self.launch(*tensors, scoring, num_sms, schedule, None, stream)
 
     @cute.jit
     def launch(
@@ -380,6 +385,8 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         mdQ: cute.Tensor,
         mdK: cute.Tensor,
         mdV: cute.Tensor,
+        mPartK: cute.Tensor,
+        mPartV: cute.Tensor,
         mScratch: cute.Tensor,
         scoring: Scoring,
         num_sms: Int32,
@@ -402,14 +409,14 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
                 (load, mQ, layouts.q, self.tile_m, self.width),
                 (load, mdO, layouts.do, self.tile_m, self.width_v),
                 (load, mO, layouts.do, self.tile_m, self.width_v),
-                (store, mdK, layouts.dk, 64, self.head_dim),
-                (store, mdV, layouts.dv, 64, self.head_dim_v),
+                (store, mPartK, layouts.dk, 64, self.head_dim),
+                (store, mPartV, layouts.dv, 64, self.head_dim_v),
             )
         ]
         mmas = self._mmas(self.dk_columns, self.dv_columns, self.dq_chunk)
         batch, heads, seqlen_q, _ = mQ.shape
         blocks = cute.ceil_div(seqlen_q, self.tile_m)
-        heads_dk = mdK.shape[1]  # a multiple of K's: then each head of K has as many groups of query heads
+        heads_dk = mPartK.shape[1]  # a multiple of K's: then each head of K has as many groups of query heads
         group = heads // heads_dk
         groups, tiles = heads_dk * batch, cute.ceil_div(mK.shape[2], self.tile_n)
         slots = schedule[4]
@@ -443,6 +450,13 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             min_blocks_per_mp=1,
             use_pdl=True,
         )
+        if heads_dk != mdK.shape[1]:
+            add_parts(mPartK, mPartV, mdK, mdV).launch(
+                grid=[cutlass.max(num_ctas(mdK), num_ctas(mdV)), 2, 1],
+                block=[ADDING, 1, 1],
+                stream=stream,
+                use_pdl=True,
+            )
 
     @cute.kernel
     def kernel(
@@ -1254,7 +1268,8 @@ def example_arguments(key: KernelKey) -> tuple:
     return (
         *(tensor(*shape) for shape in shapes),
         lse,
-        *(tensor(*shape) for shape in (of_query, (heads_dk, *of_key[1:]), (heads_dk, *of_value[1:]))),
+        *(tensor(*shape) for shape in (of_query, of_key, of_value)),
+        *(tensor(heads_dk, *shape[1:]) for shape in (of_key, of_value)),
         cute.runtime.make_fake_tensor(Float32, (cute.sym_int64(),), (1,), assumed_align=16),
         Float32(1.0),
         Float32(1.0),

@@ -51,6 +51,8 @@ class MaskedBackward(Backward):
         mdQ: cute.Tensor,
         mdK: cute.Tensor,
         mdV: cute.Tensor,
+        mPartK: cute.Tensor,
+        mPartV: cute.Tensor,
         mScratch: cute.Tensor,
         mLists: cute.Tensor,  # see TileMask, as the next
         mBits: cute.Tensor,
@@ -77,7 +79,8 @@ class MaskedBackward(Backward):
         scoring = Scoring(softmax_scale, softmax_scale_log2, None, cap_factor, bias_factor, bias_limit)
         mask = TileMask(mLists, mBits, bias, atom)
         schedule = section, sections, ahead, lag, slots
-        self.launch(mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mScratch, scoring, num_sms, schedule, mask, stream)
+        tensors = mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mPartK, mPartV, mScratch
+        self.launch(*tensors, scoring, num_sms, schedule, mask, stream)
 
     @cute.jit
     def _entries(self, unit: Unit, gmem: Gmem) -> cute.Tensor:

@@ -604,7 +604,7 @@ def backward_heads(
 
     More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
     the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes two launches more.
+    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes a launch more.
     In deterministic mode with a mask, a head of its own also from HEAD_BLOCKS blocks on: the tiles of a group are all
     over its queries, and those of several heads do not fit L2.
     """
