@@ -58,10 +58,8 @@ import llama  # noqa: E402
 SHAPE = ("batch", "seqlen", "layers", "heads", "kv_heads", "head_dim")
 WARM_UP, WARM_UP_SEED = 3, 12345  # steps, and the seed of their data
 WINDOW = 10  # steps whose mean is drawn
-BLOCKS, QUANTILE = (
-    10,
-    2.262,
-)  # of steps, whose means are taken to be independent; of Student's t for 95 % with 9 degrees
+BLOCKS = 10  # of steps, whose means are taken to be independent
+QUANTILE = 2.262  # of Student's t, for 95 % with BLOCKS - 1 degrees of freedom
 KERNELS = {  # what runs attention, by the kernels' names
     "fa_sdpa": (r"fa_sdpakernelssm\d+forward", r"fa_sdpakernelssm\d+backward"),
     "torch": (

@@ -6,8 +6,7 @@ Batch 1 to 64, 4 to 64 heads, lengths 16 to 16k log-uniform, head dims, masks, g
 as `qualify` draws some of what the table is fitted to, but others. Timed by the protocol of `python -m fa_sdpa bench`.
 Of the calls that were routed, at least 99 of 100 are to take at most 1.03 times torch's time, in eager mode and in a
 CUDA graph; the exit status is 1 if they do not. What calls that are left to torch take is reported beside them: they
-pay for the decision alone. ``--list-keys`` prints the kernels that a bundle must hold where there is no
-compiler.
+pay for the decision alone. ``--list-keys`` prints the kernels that a bundle must hold where there is no compiler.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ VALUES = 8  # of 16 bit, 16 bytes, that a thread adds
 @cute.jit
 def num_ctas(mSum: cute.Tensor) -> Int32:
     """How many CTAs it takes to write a gradient."""
-    return cute.ceil_div(cute.size(mSum), THREADS * VALUES)
+    batch, heads, seqlen, head_dim = mSum.shape
+    return cute.ceil_div(batch * heads * seqlen * (head_dim // VALUES), THREADS)
 
 
 @cute.kernel
