@@ -8,13 +8,14 @@ qualify` on an H100, get a model of time fitted to it. So do the others whose fo
 sm90_forward.py; their host's time is that of host_overhead_h100.json. The rest get thresholds: the shortest measured
 length from which on we are at least as fast as torch's default at every longer one, training by forward and backward
 together. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the
-host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens. Forwards with an attn_mask have
+host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens. Calls with an attn_mask have
 thresholds by the masks of sm90_masks.py, boolean or floating: the one we do worst at decides, prepared in every call.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ from fa_sdpa.qualify.grid import timed
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
 QUALIFY, HOST = "qualify_h100", "host_overhead_h100"
 FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100",)
-MASKED = ("sm90_masks_h100",)
+MASKED: dict[Direction, str] = {"forward": "sm90_masks_h100", "training": "sm90_masks_training_h100"}
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
 NUM_SMS = 132
 
@@ -125,17 +126,17 @@ def thresholds(direction: Direction, of: dict[tuple[int, bool, int], tuple[float
 
 
 def masked() -> list[Rule]:
-    """Rules for forwards with an attn_mask."""
+    """Rules for calls with an attn_mask."""
     found = []
     kinds: dict[Mask, tuple[str, ...]] = {"bool": ("bool",), "float": ("bf16", "fp16", "fp32")}
-    for mask, dtypes in kinds.items():
+    for (direction, name), (mask, dtypes) in itertools.product(MASKED.items(), kinds.items()):
         worst: dict[tuple[int, bool, int], tuple[float, float]] = {}
-        for row in rows(MASKED):
+        for row in rows((name,)):
             cell = row["head_dim"], False, row["seqlen"]
             if MASKS[row["mask"]] in dtypes and row["torch"]:
                 times = 1 / row["ours, fresh"], 1 / row["torch"]
                 worst[cell] = max(worst.get(cell, times), times, key=lambda pair: pair[0] / pair[1])
-        found += [rule._replace(mask=mask) for rule in thresholds("forward", worst)]
+        found += [rule._replace(mask=mask) for rule in thresholds(direction, worst)]
     return found
 
 
@@ -153,7 +154,7 @@ def table() -> str:
     rest = [*thresholds("forward", forward), *thresholds("training", training)]
     rules += [rule for rule in rest if kind_of_rule(rule) not in there]
     rules += masked()
-    files = (QUALIFY, *FORWARD, *BACKWARD, *MASKED, HOST)
+    files = (QUALIFY, *FORWARD, *BACKWARD, *MASKED.values(), HOST)
     provenance = {name: about["provenance"] for name in files if (about := content(name))}
     sources = ", ".join(f"{name}.json ({about['commit'][:7]})" for name, about in provenance.items())
     newest = max(provenance.values(), key=lambda about: about["date"])
