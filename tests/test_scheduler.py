@@ -1,14 +1,21 @@
 """The forward's order of tiles, worked out on the CPU from the functions that the kernel is traced from."""
 
+import importlib.util
 import itertools
+from pathlib import Path
 
 import pytest
 from cutlass import cute
 
-from fa_sdpa.kernels.common import scheduler
-from fa_sdpa.kernels.common.scheduler import Tiles
+import fa_sdpa
 
+# A module of its own, as the compiler changes functions that it has traced.
+path = Path(fa_sdpa.__file__).parent / "kernels/common/scheduler.py"
+spec = importlib.util.spec_from_file_location("scheduler_that_nobody_traces", path)
+scheduler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scheduler)
 find_tile, first_steps = (function.__wrapped__ for function in (scheduler.find_tile, scheduler.first_steps))
+Tiles = scheduler.Tiles
 
 
 def tiles_of(monkeypatch: pytest.MonkeyPatch, tiles: Tiles, num_sms: int, is_causal: bool) -> list[list[tuple]]:
