@@ -5,7 +5,8 @@ backward has P from lse, an fp32 number, which is the coarser the larger it is; 
 negative bias, P is off by a factor of exp(|lse| · 2^-22). Gradients are linear in dout, so those of dout · |lse| ·
 2^-22 say how much that can be. dout is 0 in the rows whose weights are chance (around -1e9, see mask_cases.py).
 
-Memory that is allocated is filled with NaN. dK and dV of a second run, with the mask that was kept, must be the same.
+Memory that is allocated is filled with NaN, and so are, in every other case, keys and values that no row sees. dK and
+dV of a second run, with the mask that was kept, must be the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import random
 import torch
 from backward_cases import DOUT_LAYOUTS, Poison, gradient_of, judge, math_grads, rounded_out
 from forward_cases import H100, Outcome, inputs
-from mask_cases import MaskedCase, make_mask, random_masked_case, spec_of
+from mask_cases import MaskedCase, make_mask, poison, random_masked_case, spec_of
 
 from fa_sdpa import kernels
 from fa_sdpa.kernels import launch, masks
@@ -50,14 +51,16 @@ def check_backward(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome
     chance = (ref_lse < -1e8) & (ref_lse > -1e10)
     if bool(chance.any()):
         dout = dout.masked_fill(chance[..., None], 0.0)
-    with Poison() as poison, masks.in_eager_mode():
+    clean = [x.clone() for x in tensors]
+    poison(masked, mask, key, value)
+    with Poison() as memory, masks.in_eager_mode():
         out, lse = launch.attention_fwd(query, key, value, sink, options, mask)
         grads = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
         again = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
-    if poison.count < 10:
-        raise AssertionError(f"{poison.count} tensors allocated: some memory of a launch is not filled with NaN")
+    if memory.count < 10:
+        raise AssertionError(f"{memory.count} tensors allocated: some memory of a launch is not filled with NaN")
     refs, _, _ = math_grads(wide, dout, wide_sink, options, wide_mask)
-    lows, _, _ = math_grads(tensors, dout, sink, options, mask)
+    lows, _, _ = math_grads(clean, dout, sink, options, mask)
     rounded = rounded_out(wide, dout, wide_sink, options, query.dtype, wide_mask)
     coarse = dout.float() * (lse.abs().nan_to_num(posinf=0.0) * 2.0**-22)[..., None]
     coarse_grads, _, _ = math_grads(wide, coarse, wide_sink, options, wide_mask)

@@ -3,7 +3,8 @@
 The rule is that of forward_cases.py. lse is judged in rows whose lse is above -1e5: where a row sees only keys with a
 huge negative bias, that is cut off (sm90/forward_masked.py), and lse with it. So are weights in rows with an lse around
 -1e9: there fp32 rounds scores to multiples of 64, what is left of them is chance, and out has to be a mean of values,
-no more. In every other case the keys that no row of any head sees are NaN, since what is behind a mask must not leak.
+no more. In every other case the keys that no row of any head sees, and their values, are NaN, since what is behind a
+mask must not leak.
 """
 
 from __future__ import annotations
@@ -163,8 +164,7 @@ def check(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
     query, key, value, sink = inputs(case)
     mask = make_mask(masked)
     clean = key.clone(), value.clone()
-    if masked.poison and case.layout_kv in ("bshd", "bhsd", "sbhd"):
-        _poison(mask, key)
+    poison(masked, mask, key, value)
     with masks.in_eager_mode():
         out, lse = launch.attention_fwd(query, key, value, sink, case.options, mask)
         again, _ = launch.attention_fwd(query, key, value, sink, case.options, mask)
@@ -199,12 +199,15 @@ def check(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
     return Outcome(error, limit, error_lse, message)
 
 
-def _poison(mask: Tensor, key: Tensor) -> None:
-    """NaN in the keys that no row of any head sees."""
+def poison(masked: MaskedCase, mask: Tensor, key: Tensor, value: Tensor) -> None:
+    """NaN in the keys that no row of any head sees, and in their values, if that is to be and they share no memory."""
+    if not masked.poison or masked.case.layout_kv not in ("bshd", "bhsd", "sbhd"):
+        return
     hidden = ~mask if mask.dtype is torch.bool else mask == -math.inf
     hidden = hidden[(None,) * (4 - hidden.dim())].all(1).all(1)
     hidden = hidden.expand(key.size(0), key.size(2))
-    key.masked_fill_(hidden[:, None, :, None], math.nan)
+    for x in (key, value):
+        x.masked_fill_(hidden[:, None, :, None], math.nan)
 
 
 RULE = "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|) where ref > -1e5"

@@ -49,6 +49,7 @@ Named barriers:
     DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
     DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
                    (in deterministic mode, for each stage of Q: backward_turns.py)
+    CLEARED + i    with a mask, the 128 threads of warpgroup 1 + i around rows that they zero (backward_masked.py)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -180,10 +181,11 @@ class Gmem(NamedTuple):
 class TileMask(NamedTuple):
     """What an attn_mask leaves of each tile (mask_transposed.py); where it is broadcast, strides are 0."""
 
-    lists: cute.Tensor  # (b, h_kv, key blocks, LIST_ENDS + query blocks) Int32
+    lists: cute.Tensor  # (b, h_kv, key blocks, TRANSPOSED_HEADER + query blocks) Int32
     bits: cute.Tensor  # (b, h, 1 or 2, query blocks, rows of all key blocks, 4) Int32
-    bias: cute.Tensor | None  # (s_q, s_k, h, b) TMA coordinates; sizes of what is broadcast are 1, or tile_m rows
+    bias: cute.Tensor | None  # (s_q, s_k, h, b) TMA coordinates
     bias_atom: cute.CopyAtom | None
+    by_head: Boolean | None  # groups are ordered heads by heads instead of sequence by sequence
 
 
 class Atoms(NamedTuple):
@@ -903,6 +905,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         total = (end - start) * qhead_per_kvhead
         left = total
         pipelines.k.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.k, smem.v), pipelines.v, kv_state, wg)
         if left > 0:
             pipelines.q.consumer_wait(q_state)
         self._issue_s(mmas, regs, q_state)
@@ -929,6 +932,9 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
             self._store(regs.acc_dK, gmem.dk[None, None, head, batch], first_key, scoring.softmax_scale)
         return q_state
+
+    def _clear_hidden(self, *args) -> None:
+        """Nothing without a mask."""
 
     @cute.jit
     def _visit(

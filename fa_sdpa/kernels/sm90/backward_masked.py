@@ -11,7 +11,9 @@ own, filled by TMA with the layout of dS and read into the layout of S by transp
 32 bits value by value. It is empty again as soon as a block's P is there, and full a block later.
 
 Biased scores are cut off where the forward (forward_masked.py) does it, or lse would not fit them; here also where no
-bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there.
+bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there. Where a key is hidden from all
+of a tile's blocks, its K and V are zeroed before they are multiplied (hidden_keys.py), by each warpgroup that reads
+them but the one that multiplies dQ: dS, for which it waits, is made of what others have zeroed.
 """
 
 import math
@@ -29,10 +31,13 @@ from .backward import Atoms, Backward, Gmem, Operands, Pipelines, Scoring, Smem,
 from .backward_order import CONVERT, END, MULTIPLY, PREPARE, Order, Unit, put_unit, take_unit
 from .backward_roles import HIDDEN, Place
 from .backward_rows import Scratch, await_count
-from .config import LIST_ENDS
+from .config import TRANSPOSED_HEADER
+from .forward import shared_by_sequences
+from .hidden_keys import clear_keys
 from .mask import DTYPES
 from .tma import load_tile
 
+CLEARED = 1  # first of two named barriers
 BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (phase of its stage,)
 
 
@@ -56,7 +61,7 @@ class MaskedBackward(Backward):
         mScratch: cute.Tensor,
         mLists: cute.Tensor,  # see TileMask, as the next
         mBits: cute.Tensor,
-        mBias: cute.Tensor | None,  # (b, h, s_q, s_k)
+        mBias: cute.Tensor | None,  # (b, h, s_q, s_k), strides of 0 where broadcast
         softmax_scale: Float32,
         softmax_scale_log2: Float32,
         num_sms: Int32,
@@ -70,14 +75,15 @@ class MaskedBackward(Backward):
         cap_factor: Float32 | None,
         stream,
     ):
-        atom = bias = None
+        atom = bias = by_head = None
         if cutlass.const_expr(mBias is not None):
             rows = cute.make_tensor(mBias.iterator, cute.select(mBias.layout, mode=[2, 3, 1, 0]))
             layout = cute.select(self._layouts().bias, mode=[0, 1])
             op = cpasync.CopyBulkTensorTileG2SOp()
             atom, bias = cpasync.make_tiled_tma_atom(op, rows, layout, (self.tile_m, self.tile_n))
+            by_head = shared_by_sequences(mBias)
         scoring = Scoring(softmax_scale, softmax_scale_log2, None, cap_factor, bias_factor, bias_limit)
-        mask = TileMask(mLists, mBits, bias, atom)
+        mask = TileMask(mLists, mBits, bias, atom, by_head)
         schedule = section, sections, ahead, lag, slots
         tensors = mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mPartK, mPartV, mScratch
         self.launch(*tensors, scoring, num_sms, schedule, mask, stream)
@@ -102,7 +108,7 @@ class MaskedBackward(Backward):
 
     @cute.jit
     def _in_list(self, index: Int32, unit: Unit, gmem: Gmem) -> Int32:
-        return self._entries(unit, gmem)[LIST_ENDS + index]
+        return self._entries(unit, gmem)[TRANSPOSED_HEADER + index]
 
     @cute.jit
     def load(
@@ -121,7 +127,7 @@ class MaskedBackward(Backward):
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         turn, tile, biased = Int32(0), Int32(0), Int32(0)
-        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        unit = self._take_unit(gmem, scratch, order)
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
@@ -157,8 +163,20 @@ class MaskedBackward(Backward):
             elif unit.kind == PREPARE:
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
-            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+            unit = self._take_unit(gmem, scratch, order)
             put_unit(pipelines.units, turn, unit, tile % 2 + biased % 2 * 2)
+
+    @cute.jit
+    def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
+        """The next unit of all."""
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        if cutlass.const_expr(self.has_bias):
+            head, batch = unit.head, unit.batch
+            if gmem.mask.by_head:
+                group, sequences = self._join_group(unit, gmem), gmem.q.shape[3]
+                head, batch = group // sequences, group % sequences
+            unit = unit._replace(head=head, batch=batch)
+        return unit
 
     @cute.jit
     def _load_q(
@@ -211,22 +229,28 @@ class MaskedBackward(Backward):
         m_block: Int32,
         count: Int32,  # of the biased blocks before
     ) -> None:
-        """Biases of a block; where they are broadcast, of the last one there is."""
-        bias = gmem.mask.bias
-        head, batch = cutlass.min(head, bias.shape[2] - 1), cutlass.min(unit.batch, bias.shape[3] - 1)
-        m_block = cutlass.min(m_block, (bias.shape[0] - 1) // self.tile_m)
+        """Biases of a block."""
         state = pipeline.PipelineState(1, Int32(0), Int32(0), ~count & 1)
-        pipelines.bias.producer_acquire(state)
-        tiles = cute.local_tile(bias[None, None, head, batch], (self.tile_m, self.tile_n), (None, None))
-        shared, there = cpasync.tma_partition(
-            gmem.mask.bias_atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(smem.bias, 0, 2),
-            cute.group_modes(tiles, 0, 2),
-        )
-        full = pipelines.bias.producer_get_barrier(state)
-        cute.copy(gmem.mask.bias_atom, there[None, m_block, unit.index], shared[None, 0], tma_bar_ptr=full)
+        biases = gmem.mask.bias[None, None, head, unit.batch]
+        load_tile(gmem.mask.bias_atom, biases, smem.bias, m_block, pipelines.bias, state, unit.index)
+
+    @cute.jit
+    def _clear_hidden(
+        self,
+        unit: Unit,
+        gmem: Gmem,
+        tiles: tuple[cute.Tensor, ...],  # K or V or both, in shared memory
+        pipe: pipeline.PipelineTmaAsync,  # of the last one
+        state: pipeline.PipelineState,
+        wg: Int32 | int,  # which of the first two MMA warpgroups this is
+    ) -> None:
+        """Zero their rows of keys that are hidden from all blocks of a tile, if there are any."""
+        entries = self._entries(unit, gmem)
+        if entries[3] != 0:
+            pipe.consumer_wait(state)
+            hidden = cute.make_tensor(entries.iterator + 4, cute.make_layout(4))
+            for tile in tiles:
+                clear_keys(tile, 0, hidden, CLEARED + wg)
 
     @cute.jit
     def _visit(

@@ -227,6 +227,7 @@ class Roles:
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.k,), pipelines.k, kv_state, 0)
         self._load_columns(smem.k, regs.rK, place)
         if left > 0:
             pipelines.q.consumer_wait(state)
@@ -343,6 +344,7 @@ class Roles:
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.v.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.v,), pipelines.v, kv_state, 1)
         self._load_columns(smem.v, regs.rV, place)
         if left > 0:
             pipelines.do.consumer_wait(state)

@@ -15,6 +15,10 @@ Bits: bit 2v + j of word t of (key block, row) is key 8v + 2t + j of the block, 
 a score accumulator (common/fragments.py): one word a row and thread. Floating masks have bits of two sorts, for tiles
 with bits and, after those of all blocks, for biased tiles, where only -inf hides a key.
 
+Lists: LIST_HEADER numbers (config.py); the visited blocks, twice their number, plus 1 if some key is hidden from all
+rows of the tile; behind room for all blocks, 4 words for each block, and again for biased tiles, that tell which keys
+these are: bit j of word w is key 32w + j. Keys beyond seqlen_k are not among them.
+
 Values up to HIDDEN hide a key as -inf does where another key of the row has a value of at least VISIBLE: the weight
 beside that is 0 in fp32 as long as the scores of a row differ by less than 30,000. That is how torch.finfo(dtype).min
 of any dtype gets tiles skipped. A block of rows in which some row has such values and none that is visible takes the
@@ -32,8 +36,11 @@ from .config import LIST_HEADER, MASK_WARPS
 
 HIDDEN, VISIBLE = -6.0e4, -3.0e4
 SKIPPED, WHOLE, BITS, BIASED = range(4)  # kinds of tiles
+HIDING = 4  # in lists, biased tiles in which keys are hidden; they come last
 HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
 HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
+HIDES = 16  # added to the kind of a floating tile in which -inf hides a key
+HIDDEN_KEYS = 32  # added to the kind of a tile if some key has no bit in it; twice that, no bit as a biased tile
 DTYPES = {
     "bool": cutlass.Uint8,
     "bf16": cutlass.BFloat16,
@@ -59,14 +66,14 @@ class Mask:
         mKinds: cute.Tensor,  # (b, h, query blocks, key blocks) Int32, scratch memory
         mRows: cute.Tensor | None,  # (b, h, query blocks, key blocks, MASK_WARPS) Int32, scratch memory, unless bool
         mBits: cute.Tensor,  # (b, h, key blocks, rows of all query blocks or 1, 4) Int32, out, or twice the blocks
-        mLists: cute.Tensor,  # (b, h, query blocks, LIST_HEADER + key blocks) Int32, out
+        mLists: cute.Tensor,  # (b, h, query blocks, LIST_HEADER + 5 times the key blocks, or 9 times) Int32, out
         window_left: Int32,  # row i sees the keys i + window_left … i + window_right, if the mask has rows
         window_right: Int32,
         stream,
     ):
         window = Window(window_left, window_right)
         batch, heads, m_blocks, n_blocks = mKinds.shape
-        self.classify(mMask, mKinds, mRows, mBits, window).launch(
+        self.classify(mMask, mKinds, mRows, mBits, mLists, window).launch(
             grid=[batch * heads * m_blocks * n_blocks, 1, 1], block=[32 * MASK_WARPS, 1, 1], stream=stream
         )
         self.enlist(mKinds, mRows, mLists).launch(
@@ -75,10 +82,16 @@ class Mask:
 
     @cute.kernel
     def classify(
-        self, mMask: cute.Tensor, mKinds: cute.Tensor, mRows: cute.Tensor | None, mBits: cute.Tensor, window: Window
+        self,
+        mMask: cute.Tensor,
+        mKinds: cute.Tensor,
+        mRows: cute.Tensor | None,
+        mBits: cute.Tensor,
+        mLists: cute.Tensor,
+        window: Window,
     ):
-        """Kind and bits of one tile; for floating masks also, by warp, which of its rows have a visible value, and in
-        the upper half which have a finite one up to HIDDEN."""
+        """Kind and bits of one tile, and which keys are hidden from all of it; for floating masks also, by warp, which
+        of its rows have a visible value, and in the upper half which have a finite one up to HIDDEN."""
         tidx, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
         _, heads, m_blocks, n_blocks = mKinds.shape
@@ -91,23 +104,41 @@ class Mask:
         @cute.struct
         class SharedStorage:
             flags: cute.struct.MemRange[Int32, MASK_WARPS]
+            keys: cute.struct.MemRange[Int32, 8 * MASK_WARPS]
 
-        flags = SmemAllocator().allocate(SharedStorage).flags.get_tensor(cute.make_layout(MASK_WARPS))
+        storage = SmemAllocator().allocate(SharedStorage)
+        flags = storage.flags.get_tensor(cute.make_layout(MASK_WARPS))
+        keys_of_warps = storage.keys.get_tensor(cute.make_layout((4, 2, MASK_WARPS)))
+        keys = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), 1 if self.is_bool else 2), Int32)
         values = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), self.rows_of_warp), Float32)
         for r in cutlass.range_constexpr(self.rows_of_warp):  # all loads before their first use
             self._read_row(mask, first_row + r, n_block, window, lane, values[None, r])
         hard, soft = (cute.make_rmem_tensor(self.rows_of_warp, Int32) for _ in range(2))
         seen, visible, low = Int32(0), Int32(0), Int32(0)
-        for r in cutlass.range_constexpr(self.rows_of_warp):
-            hard[r], soft[r] = Int32(0), Int32(0)
-            if first_row + r < mask.shape[0]:
-                hard[r], soft[r], found = self._words(values[None, r], lane)
-                seen = seen | found
-                if cutlass.const_expr(not self.is_bool):
-                    visible = visible | (found >> 3 & 1) << r
-                    low = low | (found >> 4 & 1) << r
+        is_plain = Boolean(False)
+        if cutlass.const_expr(not self.is_bool):
+            is_plain, seen = self._plain(values, lane)
+        if is_plain:
+            hard.fill(-1 if self.tile_n == 128 else (1 << self.tile_n // 4) - 1)
+            soft.store(hard.load())
+            visible = Int32((1 << self.rows_of_warp) - 1)
+            keys.fill(-1)
+        else:
+            seen = Int32(0)
+            keys.fill(0)
+            for r in cutlass.range_constexpr(self.rows_of_warp):
+                hard[r], soft[r] = Int32(0), Int32(0)
+                if first_row + r < mask.shape[0]:
+                    hard[r], soft[r], found = self._words(values[None, r], lane, keys)
+                    seen = seen | found
+                    if cutlass.const_expr(not self.is_bool):
+                        visible = visible | (found >> 3 & 1) << r
+                        low = low | (found >> 4 & 1) << r
         if lane == 0:
             flags[warp] = seen
+            for e in cutlass.range_constexpr(cute.size(keys, mode=[0])):
+                for plane in cutlass.range_constexpr(cute.size(keys, mode=[1])):
+                    keys_of_warps[e, plane, warp] = keys[e, plane]
             if cutlass.const_expr(mRows is not None):
                 mRows[batch, head, m_block, n_block, warp] = visible | low << 16
         cute.arch.sync_threads()
@@ -118,8 +149,12 @@ class Mask:
             kind = Int32(BITS) if seen & 2 != 0 else Int32(WHOLE)
         if seen & 4 != 0:
             kind = Int32(BIASED)
-        if tidx == 0:
-            mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 1) * HAS_LOW + (seen >> 5 & 1) * HAS_HIGH
+        if warp == 0:
+            count = cutlass.min(mask.shape[1] - n_block * self.tile_n, self.tile_n)
+            entries = mLists[batch, head, m_block, None]
+            hidden = self._list_hidden(keys_of_warps, entries, n_block, n_blocks, count, lane)
+            if lane == 0:
+                mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 7) * HAS_LOW + hidden
         if lane < 4:
             for r in cutlass.range_constexpr(self.rows_of_warp):
                 row = first_row + r
@@ -153,10 +188,47 @@ class Mask:
                     values[e] = value.to(Float32)
 
     @cute.jit
-    def _words(self, values: cute.Tensor, lane: Int32) -> tuple[Int32, Int32, Int32]:
+    def _plain(self, values: cute.Tensor, lane: Int32) -> tuple[Boolean, Int32]:
+        """Whether all values of a warp's rows are visible and none is NaN or -HIDDEN or more, as biases mostly are, and
+        the flags (see `_words`) of all rows together then. No key may be missing. That takes a quarter of `_words`."""
+        least, most = values[0], values[0]
+        for r in cutlass.range_constexpr(self.rows_of_warp):
+            for e in cutlass.range_constexpr(cute.size(values, mode=[0])):
+                value = values[e, r]
+                if cutlass.const_expr(32 * e + 32 > self.tile_n):
+                    value = value if 32 * e + lane < self.tile_n else values[0, r]
+                least, most = cute.arch.fmin(least, value, nan=True), cute.arch.fmax(most, value, nan=True)
+        is_plain = cute.arch.vote_all_sync((least >= VISIBLE) & (most < -HIDDEN))  # False for NaN
+        is_zero = cute.arch.vote_all_sync((least == 0.0) & (most == 0.0))
+        return is_plain, Int32(1) if is_zero else Int32(5)
+
+    @cute.jit
+    def _list_hidden(
+        self,
+        keys: cute.Tensor,  # (4, 2, MASK_WARPS) Int32 in shared memory: which keys some row of a warp sees
+        entries: cute.Tensor,  # the list of these rows
+        n_block: Int32,
+        n_blocks: Int32,
+        count: Int32,  # of the keys of this block
+        lane: Int32,
+    ) -> Int32:
+        """Put the keys that are hidden from all rows of a tile on the list, by a warp; what that adds to its kind."""
+        hidden, word, plane = Int32(0), lane % 4, lane // 4
+        if lane < (4 if self.is_bool else 8):
+            for w in cutlass.range_constexpr(MASK_WARPS):
+                hidden = hidden | keys[word, plane, w]
+            hidden = ~hidden & _first_bits(count - 32 * word)
+            entries[LIST_HEADER + n_blocks + 4 * (plane * n_blocks + n_block) + word] = hidden
+        found = cute.arch.vote_ballot_sync(hidden != 0)
+        hard, soft = Int32(found & 0xF != 0), Int32(found & 0xF0 != 0)
+        return (hard + 2 * soft) * HIDDEN_KEYS
+
+    @cute.jit
+    def _words(self, values: cute.Tensor, lane: Int32, keys: cute.Tensor) -> tuple[Int32, Int32, Int32]:
         """Word ``lane`` of a row as a tile with bits, and as one with biases; and flags: 1 some key is seen, 2 some key
         is hidden, 4 some bias is no 0, 8 some value is visible, 16 some value up to HIDDEN is finite, 32 some value is
-        -HIDDEN or more."""
+        -HIDDEN or more, 64 some value is -inf; from 16 on HAS_LOW, HAS_HIGH and HIDES, times 4. The keys that the row
+        sees are added to ``keys``, (⌈tile_n / 32⌉, 1 or 2) Int32: a bit each."""
         hard, soft, found = Int32(0), Int32(0), Int32(0)
         shift = lane % 4 * 2
         for e in cutlass.range_constexpr(cute.size(values)):
@@ -165,11 +237,14 @@ class Mask:
             is_seen = exists & ~(value <= HIDDEN)  # and so is NaN
             seen = cute.arch.vote_ballot_sync(is_seen)
             hard = hard | _spread(seen, shift) << 8 * e
+            keys[e, 0] = keys[e, 0] | seen
             found = found | (Int32(1) if seen != 0 else Int32(0))
             if cute.arch.vote_any_sync(exists & (value <= HIDDEN)):
                 found = found | 2
             if cutlass.const_expr(not self.is_bool):
-                soft = soft | _spread(cute.arch.vote_ballot_sync(exists & ~(value == -Float32.inf)), shift) << 8 * e
+                added = cute.arch.vote_ballot_sync(exists & ~(value == -Float32.inf))
+                soft = soft | _spread(added, shift) << 8 * e
+                keys[e, 1] = keys[e, 1] | added
                 if cute.arch.vote_any_sync(is_seen & ~(value == 0.0)):
                     found = found | 4
                 if cute.arch.vote_any_sync(exists & ~(value < VISIBLE)):
@@ -178,6 +253,8 @@ class Mask:
                     found = found | 16
                 if cute.arch.vote_any_sync(value >= -HIDDEN):
                     found = found | 32
+                if cute.arch.vote_any_sync(exists & (value == -Float32.inf)):
+                    found = found | 64
         return hard, soft, found
 
     @cute.kernel
@@ -193,28 +270,35 @@ class Mask:
             is_low = self._has_low_row(mRows[batch, head, m_block, None, None], lane)
         count = Int32(0)
         is_far = Boolean(False)  # a bias of a biased tile
-        for kind in cutlass.range_constexpr(WHOLE, BIASED + 1):
+        clear_end = Int32(0)
+        last_kind = BIASED if mRows is None else HIDING
+        for kind in cutlass.range_constexpr(WHOLE, last_kind + 1):
             for i in cutlass.range(cute.ceil_div(n_blocks, 32), unroll=1):
                 n_block = i * 32 + lane
-                found = Int32(SKIPPED)
+                found, hidden = Int32(SKIPPED), Int32(0)
                 if n_block < n_blocks:
                     found = kinds[n_block]
-                    has_low, has_high = found & HAS_LOW != 0, found >= HAS_HIGH
+                    hidden = Int32(found & (HIDDEN_KEYS if kind < BIASED else 2 * HIDDEN_KEYS) != 0)
+                    has_low, has_high, hides = found & HAS_LOW != 0, found & HAS_HIGH != 0, found & HIDES != 0
                     found = Int32(BIASED) if is_low & has_low else found % HAS_LOW
                     is_far = is_far | (found == BIASED) & (has_low | has_high)
+                    if cutlass.const_expr(mRows is not None):
+                        found = Int32(HIDING) if (found == BIASED) & hides else found
                 chosen = cute.arch.vote_ballot_sync(found == kind)
                 if found == kind:
-                    entries[LIST_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = n_block
+                    entries[LIST_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = 2 * n_block + hidden
                 count += cute.arch.popc(chosen)
-            if lane == 0:
-                entries[kind - WHOLE] = count
+            if cutlass.const_expr(kind == BIASED and kind != last_kind):
+                clear_end = count
+            elif lane == 0:
+                entries[cutlass.min(kind, BIASED) - WHOLE] = count
         is_far = cute.arch.vote_any_sync(is_far)
         if lane == 0:
-            entries[3] = Int32(1) if is_far else Int32(0)
+            entries[3] = 2 * clear_end + (Int32(1) if is_far else Int32(0))
         if (count == 0) & (lane == 0):
             entries[1] = 1
             entries[2] = 1
-            entries[LIST_HEADER] = 0
+            entries[LIST_HEADER] = 1  # all keys of block 0 are hidden
 
     @cute.jit
     def _has_low_row(self, rows: cute.Tensor, lane: Int32) -> Boolean:
@@ -227,6 +311,15 @@ class Mask:
         for distance in cutlass.range_constexpr(3, 5):
             found = found | cute.arch.shuffle_sync_bfly(found, 1 << distance)
         return cute.arch.vote_any_sync((found >> 16 & ~found & 0xFFFF) != 0)
+
+
+@cute.jit
+def _first_bits(count: Int32) -> Int32:
+    """So many bits from the lowest on; none if that is negative, all from 32 on."""
+    bits = Int32(-1)
+    if count < 32:
+        bits = (Int32(1) << cutlass.max(count, 0)) - 1
+    return bits
 
 
 @cute.jit

@@ -9,9 +9,11 @@ Bits: bit 2v + j of word t of (query block, key) is row 8v + 2t + j of the block
 of a transposed score accumulator. Rows beyond seqlen_q have no part in anything, and bits of 0. A mask that is the same
 for all rows has bits of one block, of tile_m rows.
 
-Lists: where its biased blocks end, where those with bits end, where it ends; then these blocks, each kind in rising
-order. A list is for all query heads of a key/value head. If the mask tells these apart, it has the blocks that any of
-them visits, as the kind that is right for all: biased if one is; else with bits, unless they are whole for all.
+Lists: where its biased blocks end, where those with bits end, where it ends; 1 if there are keys that are hidden from
+all rows of these blocks, else 0; 4 words that tell which, bit j of word w is key 32w + j (keys beyond seqlen_k only if
+there are no blocks); then these blocks, each kind in rising order. A list is for all query heads of a key/value head.
+If the mask tells these apart, it has the blocks that any of them visits, as the kind that is right for all: biased if
+one is; else with bits, unless they are whole for all.
 """
 
 import cutlass
@@ -21,7 +23,7 @@ from cutlass.utils import SmemAllocator
 
 from ..common.blocks import Window
 from ..key import KernelKey
-from .config import LIST_ENDS, MASK_ROWS
+from .config import MASK_ROWS, TRANSPOSED_HEADER
 from .mask import BIASED, BITS, DTYPES, HAS_LOW, HIDDEN, SKIPPED, VISIBLE, WHOLE
 
 
@@ -40,29 +42,38 @@ class TransposedMask:
         mMask: cute.Tensor,  # (b, h, s_q, s_k), sizes of 1 for what it broadcasts over, but tile_m for s_q
         mKinds: cute.Tensor,  # (b, h, query blocks, key blocks) Int32, scratch memory
         mRows: cute.Tensor | None,  # (b, h, query blocks, key blocks, tile_m / MASK_ROWS · warps) Int32, unless bool
+        mHidden: cute.Tensor,  # (b, h, query blocks, key blocks, 4, 1 or 2) Int32, scratch memory
         mBits: cute.Tensor,  # (b, h, 1 or 2, query blocks, rows of all key blocks, 4) Int32, out
         mAllKinds: cute.Tensor,  # mKinds with all query blocks of the call
-        mLists: cute.Tensor,  # (b, h or key/value heads, key blocks, LIST_ENDS + query blocks) Int32, out
+        mAllHidden: cute.Tensor,  # mHidden, likewise
+        mLists: cute.Tensor,  # (b, h or key/value heads, key blocks, TRANSPOSED_HEADER + query blocks) Int32, out
         window_left: Int32,  # row i sees the keys i + window_left … i + window_right
         window_right: Int32,
         stream,
     ):
         batch, heads, m_blocks, n_blocks = mKinds.shape
-        self.classify(mMask, mKinds, mRows, mBits, Window(window_left, window_right)).launch(
+        self.classify(mMask, mKinds, mRows, mHidden, mBits, Window(window_left, window_right)).launch(
             grid=[batch * heads * m_blocks * n_blocks, 1, 1], block=[self.tile_n, 1, 1], stream=stream
         )
         if cutlass.const_expr(mRows is not None):
             self.settle(mKinds, mRows).launch(grid=[batch * heads * m_blocks, 1, 1], block=[32, 1, 1], stream=stream)
-        self.enlist(mAllKinds, mLists).launch(
+        self.enlist(mAllKinds, mAllHidden, mLists).launch(
             grid=[batch * mLists.shape[1] * n_blocks, 1, 1], block=[32, 1, 1], stream=stream
         )
 
     @cute.kernel
     def classify(
-        self, mMask: cute.Tensor, mKinds: cute.Tensor, mRows: cute.Tensor | None, mBits: cute.Tensor, window: Window
+        self,
+        mMask: cute.Tensor,
+        mKinds: cute.Tensor,
+        mRows: cute.Tensor | None,
+        mHidden: cute.Tensor,
+        mBits: cute.Tensor,
+        window: Window,
     ):
-        """Kind and bits of one tile; for floating masks also, by warp and MASK_ROWS rows, which of them have a visible
-        value, and in the upper half which have a finite one up to HIDDEN."""
+        """Kind and bits of one tile, and which keys are hidden from all of it; for floating masks also, by warp and
+        MASK_ROWS rows, which of them have a visible value, and in the upper half which have a finite one up to
+        HIDDEN."""
         column, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
         _, heads, m_blocks, n_blocks = mKinds.shape
@@ -99,6 +110,11 @@ class TransposedMask:
             bits[0, t] = hard[t]
             if cutlass.const_expr(not self.is_bool):
                 bits[1, t] = soft[t]
+        for plane, words in enumerate((hard, soft)[: 1 if self.is_bool else 2]):
+            is_hidden = (key < mask.shape[1]) & (words[0] | words[1] | words[2] | words[3] == 0)
+            hidden = cute.arch.vote_ballot_sync(is_hidden)
+            if column % 32 == 0:
+                mHidden[batch, head, m_block, n_block, warp, plane] = hidden
         cute.arch.sync_threads()
         for w in cutlass.range_constexpr(self.warps):
             seen = seen | flags[w]
@@ -188,7 +204,7 @@ class TransposedMask:
                 kinds[n_block] = Int32(BIASED) if takes_low & (kind >= HAS_LOW) else kind % HAS_LOW
 
     @cute.kernel
-    def enlist(self, mKinds: cute.Tensor, mLists: cute.Tensor):
+    def enlist(self, mKinds: cute.Tensor, mHidden: cute.Tensor, mLists: cute.Tensor):
         """The list of one block of keys; a warp."""
         lane, _, _ = cute.arch.thread_idx()
         index, _, _ = cute.arch.block_idx()
@@ -197,7 +213,9 @@ class TransposedMask:
         n_block, sequence = index % n_blocks, index // n_blocks
         head, batch = sequence % heads_of_lists, sequence // heads_of_lists
         kinds, entries = mKinds[batch, None, None, n_block], mLists[batch, head, n_block, None]
-        count = Int32(0)
+        words = mHidden[batch, None, None, n_block, None, None]
+        count, hidden = Int32(0), cute.make_rmem_tensor(self.warps, Int32)
+        hidden.fill(-1)
         for kind in cutlass.range_constexpr(BIASED, SKIPPED, -1):
             for i in cutlass.range(cute.ceil_div(m_blocks, 32), unroll=1):
                 m_block = i * 32 + lane
@@ -210,10 +228,25 @@ class TransposedMask:
                         found = Int32(BITS) if is_either else cutlass.max(found, other)
                 chosen = cute.arch.vote_ballot_sync(found == kind)
                 if found == kind:
-                    entries[LIST_ENDS + count + cute.arch.popc(chosen & (1 << lane) - 1)] = m_block
+                    entries[TRANSPOSED_HEADER + count + cute.arch.popc(chosen & (1 << lane) - 1)] = m_block
+                    for g in cutlass.range(group, unroll=1):
+                        for w in cutlass.range_constexpr(self.warps):
+                            if cutlass.const_expr(kind == WHOLE):
+                                hidden[w] = Int32(0)
+                            elif cutlass.const_expr(kind == BITS or mHidden.shape[5] == 2):
+                                hidden[w] = hidden[w] & words[head * group + g, m_block, w, kind - BITS]
                 count += cute.arch.popc(chosen)
             if lane == 0:
                 entries[BIASED - kind] = count
+        found = Int32(0)
+        for w in cutlass.range_constexpr(self.warps):
+            for distance in cutlass.range_constexpr(5):
+                hidden[w] = hidden[w] & cute.arch.shuffle_sync_bfly(hidden[w], 1 << distance)
+            found = found | hidden[w]
+        if lane == 0:
+            entries[3] = Int32(found != 0)
+            for w in cutlass.range_constexpr(4):
+                entries[4 + w] = hidden[w] if w < self.warps else Int32(0)
 
 
 def example_arguments(key: KernelKey) -> tuple:
@@ -224,14 +257,17 @@ def example_arguments(key: KernelKey) -> tuple:
         align = max(dtype.width // 8, 1)
         return cute.runtime.make_fake_tensor(dtype, shape, (*strides, last_stride), assumed_align=align)
 
-    batch, heads, m_blocks, n_blocks = (cute.sym_int() for _ in range(4))
+    batch, heads, m_blocks, all_m_blocks, n_blocks = (cute.sym_int() for _ in range(5))
+    planes = 1 if key.dtype == "bool" else 2
     mask = tensor(DTYPES[key.dtype], batch, heads, cute.sym_int(), cute.sym_int(), last_stride=cute.sym_int64())
     return (
         mask,
         tensor(Int32, batch, heads, m_blocks, n_blocks),
         None if key.dtype == "bool" else tensor(Int32, batch, heads, m_blocks, n_blocks, cute.sym_int()),
+        tensor(Int32, batch, heads, m_blocks, n_blocks, 4, planes),
         tensor(Int32, batch, heads, cute.sym_int(), m_blocks, cute.sym_int(), 4),
-        tensor(Int32, batch, heads, cute.sym_int(), n_blocks),
+        tensor(Int32, batch, heads, all_m_blocks, n_blocks),
+        tensor(Int32, batch, heads, all_m_blocks, n_blocks, 4, planes),
         tensor(Int32, batch, cute.sym_int(), n_blocks, cute.sym_int()),
         Int32(0),
         Int32(0),
