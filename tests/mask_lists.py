@@ -14,8 +14,8 @@ from fa_sdpa.meta.spec import mask_kind
 
 LOW = {dtype: torch.finfo(dtype).min for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 DTYPES = [torch.bool, *LOW]
-SIZES = [(300, 515, None), (1, 700, None), (257, 130, (-70, 20))]  # queries, keys, window
-TILES = [(128, 128), (64, 64), (128, 80)]
+SIZES = [(400, 515, None), (1, 700, None), (257, 130, (-70, 20)), (400, 515, (-330, 300))]  # queries, keys, window
+TILES = [(128, 128), (64, 64), (128, 80), (192, 128)]
 BACKWARD_TILES = [(128, 128), (64, 128), (64, 64)]
 
 
@@ -37,6 +37,15 @@ def padded(x, rows, columns, value):
     return F.pad(x, (0, columns - x.size(1), 0, rows - x.size(0)), value=value)
 
 
+def with_tiles_alike(mask, tile_m, tile_n):
+    """A floating mask (…, queries, keys) with tiles of nothing but small biases, of -inf, and of larger biases."""
+    rows = slice(tile_m, 2 * tile_m)
+    mask[..., rows, 2 * tile_n : 3 * tile_n].normal_()
+    mask[..., rows, 3 * tile_n : 4 * tile_n] = -math.inf
+    mask[..., rows, 4 * tile_n : 5 * tile_n] = 2e4
+    return mask
+
+
 def check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n):
     """Lists and bits of a forward against the same written out."""
     keep = (torch.rand(sq // 32 + 1, sk // 32 + 1) < 0.4).repeat_interleave(32, 0).repeat_interleave(32, 1)[:sq, :sk]
@@ -51,6 +60,7 @@ def check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n):
             mask[200, 140:] = torch.randn(sk - 140).to(dtype) if sk > 140 else 0
             mask[200, 200:203] = LOW[dtype]
             mask[20] = LOW[dtype]  # a row that sees nothing
+        with_tiles_alike(mask, tile_m, tile_n)
     left, right = window or (None, None)
     tiles = masks.Tiles(1, 1, sq, sk, left, right, tile_m, tile_n)
     done = prepare(mask[None, None], tiles, config.mask_key(mask_kind(dtype), tile_m, tile_n))
@@ -91,7 +101,7 @@ def check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n):
         for n in bits:
             tile = padded(block[:, n * tile_n : (n + 1) * tile_n], len(block), tile_n, -math.inf)
             assert torch.equal(visible(done.bits[0, 0][:, rows], n, len(block), tile_n), tile > -6e4)
-        for n in biased:
+        for n in hiding:  # of others no bits are read
             tile = padded(block[:, n * tile_n : (n + 1) * tile_n], len(block), tile_n, -math.inf)
             got = visible(done.bits[0, 0][:, rows], n_blocks + n, len(block), tile_n)
             assert torch.equal(got, tile > -math.inf)
@@ -120,6 +130,7 @@ def check_lists_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, t
             mask[0, 200, 140:] = torch.randn(sk - 140).to(dtype) if sk > 140 else 0
             mask[0, 200, 200:203] = LOW[dtype]
             mask[0, 20] = LOW[dtype]  # a row that sees nothing
+        with_tiles_alike(mask[:1], tile_m, tile_n)
     left, right = window or (None, None)
     tiles = masks.Tiles(1, heads, sq, sk, left, right, tile_m, tile_n, heads_kv)
     done = prepare(mask[None], tiles, config.mask_key(mask_kind(dtype), tile_m, tile_n, transposed=True))
@@ -133,33 +144,39 @@ def check_lists_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, t
     for n in range(n_blocks):
         keys = slice(n * tile_n, (n + 1) * tile_n)
         for h in range(heads_kv):
-            expected, hidden = {"biased": [], "bits": [], "whole": []}, torch.arange(tile_n) < sk - n * tile_n
+            expected = {"hiding": [], "biased": [], "bits": [], "whole": []}
+            hidden = torch.arange(tile_n) < sk - n * tile_n
             for m in range(m_blocks):
-                kinds, seen_by_some = set(), []
+                kinds, tiles_of_heads = set(), {}
+                rows = slice(m * tile_m, (m + 1) * tile_m)
                 for head in range(h * heads // heads_kv, (h + 1) * heads // heads_kv):
-                    rows = slice(m * tile_m, (m + 1) * tile_m)
                     block = value[head, rows]
                     takes_low = bool((low[head, rows].any(1) & ~(block >= -3e4).any(1)).any())
                     tile = padded(block[:, keys], len(block), tile_n, -math.inf)
-                    seen = tile > -6e4
-                    is_biased = bool((seen & (tile != 0)).any()) or takes_low and bool(low[head, rows, keys].any())
+                    seen, is_low = tile > -6e4, low[head, rows, keys].any()
+                    is_biased = bool((seen & (tile != 0)).any()) or takes_low and bool(is_low)
+                    hides = bool((tile == -math.inf).any() or is_low or (tile >= 6e4).any())
                     kind = "whole" if seen.all() else "bits" if seen.any() else "skipped"
-                    kinds.add("biased" if is_biased else kind)
-                    seen_by_some.append((seen.any(0), (tile > -math.inf).any(0)))
-                    for plane, visible in enumerate((seen, tile > -math.inf)[: planes.size(2)]):
-                        if plane or not is_biased:
-                            got = transposed_bits(planes[0, head, plane, :, keys], m, tile_n, tile_m)
-                            assert torch.equal(got[: len(block)], visible)
-                if kinds != {"skipped"}:
-                    expected["biased" if "biased" in kinds else "whole" if kinds == {"whole"} else "bits"].append(m)
-                    for some in seen_by_some:
-                        hidden &= ~some["biased" in kinds]
+                    kinds.add(("hiding" if hides else "biased") if is_biased else kind)
+                    tiles_of_heads[head] = tile
+                if kinds == {"skipped"}:
+                    continue
+                [kind] = [x for x in ("hiding", "biased") if x in kinds][:1] or [
+                    "whole" if kinds == {"whole"} else "bits"
+                ]
+                expected[kind].append(m)
+                for head, tile in tiles_of_heads.items():
+                    visible = tile > -math.inf if kind in ("hiding", "biased") else tile > -6e4
+                    hidden &= ~visible.any(0)
+                    if kind in ("hiding", "bits"):  # those of others are not read
+                        got = transposed_bits(planes[0, head, int(kind == "hiding"), :, keys], m, tile_n, tile_m)
+                        assert torch.equal(got[: len(tile)], visible)
             entries = lists[0, h, n].tolist()
-            ends = [len(expected["biased"]), len(expected["biased"]) + len(expected["bits"])]
-            ends.append(ends[1] + len(expected["whole"]))
+            counts = [len(blocks) for blocks in expected.values()]
+            ends = [sum(counts[:end]) for end in (2, 3, 4)]
             assert entries[:3] == ends
             blocks = [m for kind in expected.values() for m in kind]
             assert entries[TRANSPOSED_HEADER : TRANSPOSED_HEADER + ends[2]] == blocks
             if blocks:
-                assert entries[3] == int(hidden.any())
+                assert entries[3] == 2 * counts[0] + int(hidden.any())
                 assert torch.equal(keys_of(entries[4:TRANSPOSED_HEADER], tile_n), hidden)

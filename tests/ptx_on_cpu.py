@@ -155,6 +155,8 @@ def _result(operation: list[str], operands: list[str]) -> str:
         return f"({c}){a} * ({c}){b}" + (f" + ({c}){third}" if name == "mad" else "")
     if name == "mul" and operation[1:] == ["hi", "u32"]:
         return f"(uint64_t)(uint32_t){a} * (uint32_t){b} >> 32"
+    if name == "mul" and operation[1:] == ["hi", "u16"]:
+        return f"(uint32_t)(uint16_t){a} * (uint16_t){b} >> 16"
     if name in ("shl", "shr"):
         beyond = f"({c}){a} < 0 ? -1 : 0" if name == "shr" and kind[0] == "s" else "0"
         return f"(uint32_t){b} >= {kind[1:]} ? {beyond} : ({c}){a} {'<<' if name == 'shl' else '>>'} {b}"

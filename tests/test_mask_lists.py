@@ -19,7 +19,7 @@ from fa_sdpa.kernels import masks
 from fa_sdpa.meta.spec import mask_kind
 
 ROOT = Path(__file__).parent.parent
-KINDS = [(torch.bool, 64, 64), (torch.float16, 128, 128), (torch.float32, 128, 80)]
+KINDS = [(torch.bool, 64, 64), (torch.float16, 128, 128), (torch.float32, 128, 80), (torch.bfloat16, 192, 128)]
 BACKWARD_KINDS = [(torch.bool, 128, 128), (torch.bfloat16, 64, 64), (torch.float32, 64, 128)]
 
 COMPILE = """
@@ -63,7 +63,7 @@ def run_forward(kernels, mask, kinds, rows, bits, lists, left, right):
     """The launches of sm90/mask.py."""
     in_rows = () if rows is None else (parameter(rows, 1),)
     outputs = parameter(bits, 1), parameter(lists)
-    whole = parameter(mask, static_stride=False), parameter(kinds), *in_rows, *outputs
+    whole = parameter(mask, static_stride=rows is not None), parameter(kinds), *in_rows, *outputs
     ptx_on_cpu.launch(kernels["classify"], kinds.numel(), *whole, parameter(left), parameter(right))
     ptx_on_cpu.launch(kernels["enlist"], kinds[..., 0].numel(), parameter(kinds), *in_rows, parameter(lists))
 
@@ -71,8 +71,9 @@ def run_forward(kernels, mask, kinds, rows, bits, lists, left, right):
 def run_transposed(kernels, mask, kinds, rows, hidden, bits, all_kinds, all_hidden, lists, left, right):
     """The launches of sm90/mask_transposed.py."""
     in_rows = () if rows is None else (parameter(rows),)
-    whole = parameter(mask, static_stride=False), parameter(kinds), *in_rows, parameter(hidden, 2), parameter(bits, 1)
-    ptx_on_cpu.launch(kernels["classify"], kinds.numel(), *whole, parameter(left), parameter(right))
+    whole = parameter(mask, static_stride=rows is not None), parameter(kinds), *in_rows, parameter(hidden, 2)
+    window, is_shared = (parameter(left), parameter(right)), parameter(int(lists.size(1) < kinds.size(1)))
+    ptx_on_cpu.launch(kernels["classify"], kinds.numel(), *whole, parameter(bits, 1), *window, is_shared)
     if rows is not None:
         ptx_on_cpu.launch(kernels["settle"], kinds[..., 0].numel(), parameter(kinds), *in_rows)
     found = parameter(all_kinds), parameter(all_hidden, 2), parameter(lists)

@@ -88,10 +88,10 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Pre
     def once(what: object, make: Callable[[], Result]) -> Result:
         return _kept_or_made(attn_mask, what, make) if is_kept else make()
 
-    done = once(tiles, lambda: _prepare(attn_mask, tiles, load()))
     if attn_mask.dtype is torch.bool:
-        return done
+        return once(tiles, lambda: _prepare(attn_mask, tiles, load()))
     biases = once(tiles.seqlen_k, lambda: _addressable(_once(attn_mask), tiles.seqlen_k))
+    done = once(tiles, lambda: _prepare(biases, tiles, load()))
     return done._replace(bias=biases.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1))
 
 
@@ -140,7 +140,7 @@ def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     lists = empty(batch, heads, m_blocks, sm90.LIST_HEADER + (1 + 4 * planes) * n_blocks)
     bits = empty(batch, heads, planes * n_blocks, rows, 4)
     kinds = empty(batch, heads, m_blocks, n_blocks)
-    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.MASK_WARPS)
+    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.mask_warps(tiles.tile_m))
     whole = mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)
     run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, *_bounds(tiles))
     all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m

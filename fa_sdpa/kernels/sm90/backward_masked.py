@@ -1,17 +1,19 @@
 """Attention backward for Hopper with an attn_mask: `Backward` over the query blocks that a list names; see
 mask_transposed.py.
 
-A tile visits its whole blocks first, then those with bits, then the biased ones, each kind in a loop of its own, and in
-each the last block first; whole blocks run the code of a call without a mask. The list has them in the other order, so
-that ``left``, which counts down, points into it; heads of a group share an entry.
+A tile visits its whole blocks first, then those with bits, then the biased ones, and of these last those that hide
+keys or have biases far from 0. Each kind has a loop of its own, and in each comes the last block first; whole blocks
+run the code of a call without a mask. The list has them in the other order, so that ``left``, which counts down, points
+into it; heads of a group share an entry.
 
 Bits and biases come through shared memory, so that neither their latency nor their addresses cost the MMA warpgroups
 anything. Bits, 16 bytes for each key, are in the stages of Q and count for its mbarrier. Biases have one stage of their
-own, filled by TMA with the layout of dS and read into the layout of S by transposing loads, as dS is written; those of
-32 bits value by value. It is empty again as soon as a block's P is there, and full a block later.
+own, or two where there is room, filled by TMA with the layout of dS and read into the layout of S by transposing loads,
+as dS is written; those of 32 bits value by value. A stage is empty again as soon as a block's P is there.
 
-Biased scores are cut off where the forward (forward_masked.py) does it, or lse would not fit them; here also where no
-bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there. Where a key is hidden from all
+Biases cost a conversion and a multiplication each, as a part of what is taken from the scores: they and lse in one.
+Only in blocks that hide keys scores are cut off where the forward (forward_masked.py) does it, or lse would not fit
+them. P of a hidden key is 0, whatever K has there. Where a key is hidden from all
 of a tile's blocks, its K and V are zeroed before they are multiplied (hidden_keys.py), by each warpgroup that reads
 them but the one that multiplies dQ: dS, for which it waits, is made of what others have zeroed.
 """
@@ -38,7 +40,8 @@ from .mask import DTYPES
 from .tma import load_tile
 
 CLEARED = 1  # first of two named barriers
-BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (phase of its stage,)
+BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (how many came before, whether it hides)
+Blocks = tuple[Int32, Int32, Int32, Int32, Int32]  # of a tile: see MaskedBackward._query_blocks
 
 
 class MaskedBackward(Backward):
@@ -94,17 +97,20 @@ class MaskedBackward(Backward):
         return gmem.mask.lists[unit.batch, unit.head, unit.index, None]
 
     @cute.jit
-    def _query_blocks(self, unit: Unit, gmem: Gmem, window: None) -> tuple[Int32, Int32, Int32, Int32]:
-        """``(0, bits_start, whole_start, end)``: where a tile's list has each kind of blocks, biased ones first."""
+    def _query_blocks(self, unit: Unit, gmem: Gmem, window: None) -> Blocks:
+        """``(0, clear_start, bits_start, whole_start, end)``: where a tile's list has each kind of blocks, biased ones
+        first, of which those that hide keys come before all others."""
         entries = self._entries(unit, gmem)
-        return Int32(0), entries[0], entries[1], entries[2]
+        clear_start = entries[3] // 2 if cutlass.const_expr(self.has_bias) else Int32(0)
+        return Int32(0), clear_start, entries[0], entries[1], entries[2]
 
     @cute.jit
-    def _masked(self, blocks: tuple[Int32, Int32, Int32, Int32], qhead_per_kvhead: Int32) -> tuple[Int32, Int32]:
-        """How many visits are left of a tile after those of whole blocks, and after those of blocks with bits."""
-        _, bits_start, whole_start, _ = blocks
+    def _masked(self, blocks: Blocks, qhead_per_kvhead: Int32) -> tuple[Int32, Int32, Int32]:
+        """How many visits are left of a tile after those of whole blocks, after those of blocks with bits, and after
+        those of biased ones that hide nothing."""
+        _, clear_start, bits_start, whole_start, _ = blocks
         bits_start = bits_start * qhead_per_kvhead if cutlass.const_expr(self.has_bias) else Int32(0)
-        return whole_start * qhead_per_kvhead, bits_start
+        return whole_start * qhead_per_kvhead, bits_start, clear_start * qhead_per_kvhead
 
     @cute.jit
     def _in_list(self, index: Int32, unit: Unit, gmem: Gmem) -> Int32:
@@ -123,7 +129,7 @@ class MaskedBackward(Backward):
         qhead_per_kvhead: Int32,
     ) -> None:
         """Producer warp, as without a mask. What it says of a tile is its number, in the lowest bit, and how many
-        biased blocks this CTA had before it, in the next."""
+        biased blocks this CTA had before it, in the next two: as far as these tell stages and their phases."""
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         turn, tile, biased = Int32(0), Int32(0), Int32(0)
@@ -135,14 +141,15 @@ class MaskedBackward(Backward):
                 gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
-                _, bits_start, whole_start, end = self._query_blocks(unit, gmem, window)
+                _, clear_start, bits_start, whole_start, end = self._query_blocks(unit, gmem, window)
                 total = end * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
                     index = (total - 1 - i) // qhead_per_kvhead
                     m_block = self._in_list(index, unit, gmem)
                     head = unit.head * qhead_per_kvhead + i % qhead_per_kvhead
                     is_biased = index < bits_start
-                    args = unit, head, m_block, q_state, index < whole_start, is_biased
+                    has_bits = (index < clear_start) | ((index >= bits_start) & (index < whole_start))
+                    args = unit, head, m_block, q_state, has_bits, is_biased
                     self._load_q(atoms, gmem, scratch, smem, pipelines, *args)
                     if i == 0:
                         load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
@@ -164,7 +171,7 @@ class MaskedBackward(Backward):
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
             unit = self._take_unit(gmem, scratch, order)
-            put_unit(pipelines.units, turn, unit, tile % 2 + biased % 2 * 2)
+            put_unit(pipelines.units, turn, unit, tile % 2 + biased % 4 * 2)
 
     @cute.jit
     def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
@@ -230,9 +237,14 @@ class MaskedBackward(Backward):
         count: Int32,  # of the biased blocks before
     ) -> None:
         """Biases of a block."""
-        state = pipeline.PipelineState(1, Int32(0), Int32(0), ~count & 1)
+        state = self._bias_state(count, first_phase=1)
         biases = gmem.mask.bias[None, None, head, unit.batch]
         load_tile(gmem.mask.bias_atom, biases, smem.bias, m_block, pipelines.bias, state, unit.index)
+
+    def _bias_state(self, count: Int32, first_phase: int) -> pipeline.PipelineState:
+        """The state of the biases' pipeline after so many blocks."""
+        index, phase = count % self.bias_stages, count // self.bias_stages % 2 ^ first_phase
+        return pipeline.PipelineState(self.bias_stages, count, index, phase)
 
     @cute.jit
     def _clear_hidden(
@@ -246,7 +258,7 @@ class MaskedBackward(Backward):
     ) -> None:
         """Zero their rows of keys that are hidden from all blocks of a tile, if there are any."""
         entries = self._entries(unit, gmem)
-        if entries[3] != 0:
+        if entries[3] % 2 != 0:
             pipe.consumer_wait(state)
             hidden = cute.make_tensor(entries.iterator + 4, cute.make_layout(4))
             for tile in tiles:
@@ -256,17 +268,17 @@ class MaskedBackward(Backward):
     def _visit(
         self,
         context: tuple,  # Context, or as Context
-        blocks: tuple[Int32, Int32, Int32, Int32],  # see _query_blocks
-        kinds: tuple[Int32, Int32],  # see _masked
+        blocks: Blocks,
+        kinds: tuple[Int32, Int32, Int32],  # see _masked
         first_key: Int32,
         tile: Int32,  # see load
         q_state: pipeline.PipelineState,
         seqlen_k: Int32,
         qhead_per_kvhead: Int32,
     ) -> pipeline.PipelineState:
-        total = blocks[3] * qhead_per_kvhead
+        total = blocks[4] * qhead_per_kvhead
         left = total
-        whole_start, bits_start = kinds
+        whole_start, bits_start, clear_start = kinds
         while left > whole_start:
             left -= 1
             self._visit_block(context, q_state, total, left, None)
@@ -276,10 +288,14 @@ class MaskedBackward(Backward):
             self._visit_block(context, q_state, total, left, BITS_BLOCK)
             q_state.advance()
         if cutlass.const_expr(self.has_bias):
+            before = tile // 2 + bits_start - 1
+            while left > clear_start:
+                left -= 1
+                self._visit_block(context, q_state, total, left, (before - left, False))
+                q_state.advance()
             while left > 0:
                 left -= 1
-                phase = tile // 2 + bits_start - 1 - left & 1
-                self._visit_block(context, q_state, total, left, (phase,))
+                self._visit_block(context, q_state, total, left, (before - left, True))
                 q_state.advance()
         return q_state
 
@@ -304,9 +320,16 @@ class MaskedBackward(Backward):
             mask_bits(regs.acc_S, self._words(smem, stage, place), fill)
             self._weights(regs, lse, scoring)
         else:
-            state = pipeline.PipelineState(1, Int32(0), Int32(0), limits[0])
+            state = self._bias_state(limits[0], first_phase=0)
             pipelines.bias.consumer_wait(state)
-            self._biased_weights(regs, smem, self._words(smem, stage, place), lse, scoring, place)
+            flipped = cute.composition(
+                smem.bias[None, None, state.index],
+                cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)),
+            )
+            if cutlass.const_expr(limits[1]):
+                self._hidden_weights(regs, flipped, self._words(smem, stage, place), lse, scoring, place)
+            else:
+                self._biased_weights(regs, flipped, lse, scoring, place)
             cute.arch.sync_warp()
             pipelines.bias.consumer_release(state)
 
@@ -320,13 +343,43 @@ class MaskedBackward(Backward):
 
     @cute.jit
     def _biased_weights(
-        self, regs: Operands, smem: Smem, words: cute.Tensor, lse: cute.Tensor, scoring: Scoring, place: Place
+        self,
+        regs: Operands,
+        flipped: cute.Tensor,  # (tile_n, tile_m) biases in shared memory; so below
+        lse: cute.Tensor,
+        scoring: Scoring,
+        place: Place,
     ) -> None:
         """_weights of scores with biases, a slice at a time."""
         scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
-        flipped = cute.composition(
-            smem.bias[None, None, 0], cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0))
-        )
+        bias_log2 = scoring.bias_factor * scoring.scale_log2
+        for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            biases = self._biases(flipped, k, place)
+            caps = cute.make_rmem_tensor(8, Float32)
+            for half in cutlass.range_constexpr(2):
+                pair = lse[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4):
+                    e = 4 * half + i
+                    score = scores[e, k]
+                    exponent = score * scoring.scale_log2 + (biases[e] * bias_log2 - pair[i % 2])
+                    scores[e, k] = cute.math.exp2(exponent, fastmath=True)
+                    caps[e] = 1.0 - score * score
+            if cutlass.const_expr(self.has_softcap):
+                rounded[None, k].store(scores[None, k].load().to(self.dtype))
+                scores[None, k].store(scores[None, k].load() * caps.load())
+
+    @cute.jit
+    def _hidden_weights(
+        self,
+        regs: Operands,
+        flipped: cute.Tensor,
+        words: cute.Tensor,
+        lse: cute.Tensor,
+        scoring: Scoring,
+        place: Place,
+    ) -> None:
+        """The same where some keys are hidden, and scores to be cut off."""
+        scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
         for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             biases = self._biases(flipped, k, place)
             caps = cute.make_rmem_tensor(8, Float32)

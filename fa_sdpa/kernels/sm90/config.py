@@ -95,7 +95,8 @@ class ForwardConfig:
     def reads_biases_early(self) -> bool:
         """Whether a block's biases are read beside its multiplications: if TILE_REGISTERS hold them, too."""
         biases = self.tile_n // 8 * self.bias_bytes
-        return self.tile_n // 2 + self.tile_n // 4 + self.head_dim_v_mma // 2 + biases <= TILE_REGISTERS
+        used = self.tile_n // 2 + self.tile_n // 4 + self.head_dim_v_mma // 2 + biases
+        return self.tile_m < 192 and used <= TILE_REGISTERS
 
     @property
     def q_stages(self) -> int:
@@ -313,7 +314,20 @@ class BackwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq())
+        used = self._smem_bytes(self.stages_dq())
+        return used + max(0, self.bias_stages - 1) * self.bias_tile_bytes
+
+    @property
+    def bias_stages(self) -> int:
+        """Blocks of biases in flight: 2 where the second one fits beside all else, 0 where there are none."""
+        if not self.bias_tile_bytes:
+            return 0
+        return 2 if self._smem_bytes(self.stages_dq()) + self.bias_tile_bytes <= SMEM_PER_BLOCK else 1
+
+    @property
+    def bias_tile_bytes(self) -> int:
+        """Biases of a block."""
+        return self.tile_m * self.tile_n * BIAS_BYTES.get(self.attn_mask, 0)
 
     def _smem_bytes(self, stages_dq: int) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
@@ -329,7 +343,7 @@ class BackwardConfig:
     def mask_bytes(self) -> int:
         """Shared memory of a mask: in every stage 16 bytes of bits for each key, and biases of one block."""
         bits = 16 * self.tile_n * self.stages if self.attn_mask else 0
-        return bits + self.tile_m * self.tile_n * BIAS_BYTES.get(self.attn_mask, 0)
+        return bits + self.bias_tile_bytes
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -340,9 +354,9 @@ def round_up(value: int, multiple: int) -> int:
 # biased blocks, twice the place where those that hide no key end, plus 1 if biases are far from 0.
 LIST_HEADER = 4
 # Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends;
-# whether keys are hidden from all of them, and which ones: a bit each.
+# twice the place where those of the biased ones that hide keys end, plus 1 if keys are hidden from all blocks, and
+# which ones: a bit each.
 TRANSPOSED_HEADER = 8
-MASK_WARPS = 8  # that classify a tile
 MASK_ROWS = 16  # of a transposed one, classified at a time
 
 Tile = Literal["small", "split", "normal", "wide"]
@@ -440,6 +454,17 @@ def forward_tiling(
     return Tiling(forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
 
 
+def takes_wide_biases(head_dim: int, head_dim_v: int, flags: tuple[bool, bool, bool], mask: MaskKind) -> bool:
+    """Whether calls with such a mask that tells heads apart, and would have the normal tile, have the one that
+    ``forward_tile`` gives a call without options. Flags: as of ``forward_tiling``.
+
+    A block of 128 keys at d64 is 64 KB from L2 for 128 rows, half of them biases, and L2 sets the time. The wide tile
+    takes 53 KB for as many rows. Masks that are the same for all heads are mostly those that hide keys, which tiles of
+    fewer rows do better.
+    """
+    return mask in BIAS_BYTES and _wide_class(head_dim, head_dim_v) == 64 and not any(flags[1:])
+
+
 def takes_small_tile(spec: AttentionSpec, num_sms: int) -> bool:
     """Whether a small tile serves the forward of a call."""
     has_mask = spec.mask != "none"
@@ -531,6 +556,11 @@ def forward_config_of(key: KernelKey) -> ForwardConfig:
     """The tile of a forward kernel."""
     sizes = (key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
     return ForwardConfig(*sizes, BIAS_BYTES.get(key.attn_mask, 0))
+
+
+def mask_warps(tile_m: int) -> int:
+    """Warps that classify a tile of a forward, up to 16 rows each; a power of two."""
+    return 16 if tile_m > 128 else 8
 
 
 @functools.cache

@@ -11,6 +11,10 @@ what kind of tile it is. `enlist`: a warp for each block of rows makes the list 
 A tile in which no row sees a key is on no list; if that leaves a block of rows without any, its list has tile 0, whose
 bits are all 0. A mask also stands for a causal mask or window given beside it, and for the last block's missing keys.
 
+A full tile of a floating mask whose values are all alike, as those of biases mostly are, is told by 16-byte loads and a
+few operations a value (`alike`): all 0, all small, all -inf. Only others are looked at value by value. Tiles of the
+first two kinds have no bits, as nothing reads them.
+
 Bits: bit 2v + j of word t of (key block, row) is key 8v + 2t + j of the block, which is what a thread holds of a row of
 a score accumulator (common/fragments.py): one word a row and thread. Floating masks have bits of two sorts, for tiles
 with bits and, after those of all blocks, for biased tiles, where only -inf hides a key.
@@ -25,6 +29,8 @@ of any dtype gets tiles skipped. A block of rows in which some row has such valu
 values as they are: its tiles with finite ones become biased tiles.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -32,14 +38,16 @@ from cutlass.utils import SmemAllocator
 
 from ..common.blocks import Window
 from ..key import KernelKey
-from .config import LIST_HEADER, MASK_WARPS
+from .config import LIST_HEADER, mask_warps
 
 HIDDEN, VISIBLE = -6.0e4, -3.0e4
+SMALL_LOG2 = 14  # biases within ± 2^14 are visible, and far from HIDDEN and -HIDDEN
 SKIPPED, WHOLE, BITS, BIASED = range(4)  # kinds of tiles
 HIDING = 4  # in lists, biased tiles in which keys are hidden; they come last
 HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
 HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
 HIDES = 16  # added to the kind of a floating tile in which -inf hides a key
+ZERO, SMALL, UNSEEN = 1, 2, 4  # what all values of a tile may be, see `_alike`; 0 is SMALL, too
 HIDDEN_KEYS = 32  # added to the kind of a tile if some key has no bit in it; twice that, no bit as a biased tile
 DTYPES = {
     "bool": cutlass.Uint8,
@@ -47,6 +55,7 @@ DTYPES = {
     "fp16": cutlass.Float16,
     "fp32": cutlass.Float32,
 }
+EXPONENTS = {"bf16": (127, 7), "fp16": (15, 10), "fp32": (127, 23)}  # bias, and where it begins
 
 
 class Mask:
@@ -56,25 +65,31 @@ class Mask:
         self.name = key.name
         self.dtype = DTYPES[key.dtype]
         self.is_bool = key.dtype == "bool"
+        self.patterns = Patterns.of(key.dtype)
         self.tile_m, self.tile_n = key.tile_m, key.tile_n
-        self.rows_of_warp = key.tile_m // MASK_WARPS
+        self.warps = mask_warps(key.tile_m)
+        self.rows_of_warp = key.tile_m // self.warps
+        self.rows_at_once = 32 // self.warps  # of a warp; so many registers that two CTAs and more fit an SM
 
     @cute.jit
     def __call__(
         self,
-        mMask: cute.Tensor,  # (b, h, s_q, s_k), sizes of 1 for what it broadcasts over, but s_k is whole
+        mMask: cute.Tensor,  # (b, h, s_q, s_k), sizes of 1 for what it broadcasts over, but s_k is whole; see below
         mKinds: cute.Tensor,  # (b, h, query blocks, key blocks) Int32, scratch memory
-        mRows: cute.Tensor | None,  # (b, h, query blocks, key blocks, MASK_WARPS) Int32, scratch memory, unless bool
+        mRows: cute.Tensor | None,  # (b, h, query blocks, key blocks, warps) Int32, scratch memory, unless bool
         mBits: cute.Tensor,  # (b, h, key blocks, rows of all query blocks or 1, 4) Int32, out, or twice the blocks
         mLists: cute.Tensor,  # (b, h, query blocks, LIST_HEADER + 5 times the key blocks, or 9 times) Int32, out
         window_left: Int32,  # row i sees the keys i + window_left … i + window_right, if the mask has rows
         window_right: Int32,
         stream,
     ):
+        """Floating masks are contiguous along the keys and aligned to 16 bytes, with strides that are multiples."""
         window = Window(window_left, window_right)
         batch, heads, m_blocks, n_blocks = mKinds.shape
         self.classify(mMask, mKinds, mRows, mBits, mLists, window).launch(
-            grid=[batch * heads * m_blocks * n_blocks, 1, 1], block=[32 * MASK_WARPS, 1, 1], stream=stream
+            grid=[batch * heads * m_blocks * n_blocks, 1, 1],
+            block=[32 * self.warps, 1, 1],
+            stream=stream,
         )
         self.enlist(mKinds, mRows, mLists).launch(
             grid=[batch * heads * m_blocks, 1, 1], block=[32, 1, 1], stream=stream
@@ -97,43 +112,107 @@ class Mask:
         _, heads, m_blocks, n_blocks = mKinds.shape
         n_block, sequence = index % n_blocks, index // n_blocks // m_blocks
         m_block, head, batch = index // n_blocks % m_blocks, sequence % heads, sequence // heads
-        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
         mask, bits = mMask[batch, head, None, None], mBits[batch, head, None, None, None]
-        first_row = m_block * self.tile_m + warp * self.rows_of_warp
 
         @cute.struct
         class SharedStorage:
-            flags: cute.struct.MemRange[Int32, MASK_WARPS]
-            keys: cute.struct.MemRange[Int32, 8 * MASK_WARPS]
+            flags: cute.struct.MemRange[Int32, self.warps]
+            alike: cute.struct.MemRange[Int32, self.warps]
+            keys: cute.struct.MemRange[Int32, 8 * self.warps]
 
         storage = SmemAllocator().allocate(SharedStorage)
-        flags = storage.flags.get_tensor(cute.make_layout(MASK_WARPS))
-        keys_of_warps = storage.keys.get_tensor(cute.make_layout((4, 2, MASK_WARPS)))
-        keys = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), 1 if self.is_bool else 2), Int32)
-        values = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), self.rows_of_warp), Float32)
-        for r in cutlass.range_constexpr(self.rows_of_warp):  # all loads before their first use
-            self._read_row(mask, first_row + r, n_block, window, lane, values[None, r])
-        hard, soft = (cute.make_rmem_tensor(self.rows_of_warp, Int32) for _ in range(2))
-        seen, visible, low = Int32(0), Int32(0), Int32(0)
-        is_plain = Boolean(False)
+        flags = storage.flags.get_tensor(cute.make_layout(self.warps))
+        keys_of_warps = storage.keys.get_tensor(cute.make_layout((4, 2, self.warps)))
+        alike = Int32(0)
         if cutlass.const_expr(not self.is_bool):
-            is_plain, seen = self._plain(values, lane)
-        if is_plain:
-            hard.fill(-1 if self.tile_n == 128 else (1 << self.tile_n // 4) - 1)
-            soft.store(hard.load())
-            visible = Int32((1 << self.rows_of_warp) - 1)
-            keys.fill(-1)
+            alike_of_warps = storage.alike.get_tensor(cute.make_layout(self.warps))
+            if is_full_tile(mask, m_block, n_block, self.tile_m, self.tile_n, window):
+                alike = self.patterns.alike(mask, m_block, n_block, self.tile_m, self.tile_n, tidx, alike_of_warps)
+        if alike != 0:
+            if cutlass.const_expr(not self.is_bool):
+                self._put_alike(alike, mKinds, mRows, bits, mLists, (batch, head, m_block, n_block), tidx)
         else:
-            seen = Int32(0)
-            keys.fill(0)
-            for r in cutlass.range_constexpr(self.rows_of_warp):
-                hard[r], soft[r] = Int32(0), Int32(0)
-                if first_row + r < mask.shape[0]:
-                    hard[r], soft[r], found = self._words(values[None, r], lane, keys)
+            self._put_mixed(
+                mask, mKinds, mRows, bits, mLists, window, (batch, head, m_block, n_block), flags, keys_of_warps
+            )
+
+    @cute.jit
+    def _put_alike(
+        self,
+        alike: Int32,
+        mKinds: cute.Tensor,
+        mRows: cute.Tensor,
+        bits: cute.Tensor,  # (key blocks, rows, 4) of a head
+        mLists: cute.Tensor,
+        place: tuple[Int32, Int32, Int32, Int32],  # batch, head, query block, key block
+        tidx: Int32,
+    ) -> None:
+        """What there is to say of a tile whose values are all alike."""
+        batch, head, m_block, n_block = place
+        n_blocks = mKinds.shape[3]
+        warp, lane = tidx // 32, tidx % 32
+        kind, visible = Int32(BIASED), Int32((1 << self.rows_of_warp) - 1)
+        if alike & ZERO != 0:
+            kind = Int32(WHOLE)
+        hidden = Int32(0)
+        if alike & UNSEEN != 0:
+            kind, visible = Int32(SKIPPED + HIDES + 3 * HIDDEN_KEYS), Int32(0)
+            hidden = _first_bits(self.tile_n - 32 * (lane % 4))
+            zeros = cute.make_rmem_tensor(4, Int32)
+            zeros.fill(0)
+            rows = bits.shape[1]
+            for i in cutlass.range_constexpr(2 * self.tile_m // (32 * self.warps)):
+                index = i * (32 * self.warps) + tidx
+                row = m_block * self.tile_m + index % self.tile_m
+                if row < rows:
+                    cute.autovec_copy(zeros, bits[index // self.tile_m * n_blocks + n_block, row, None])
+        if lane == 0:
+            mRows[batch, head, m_block, n_block, warp] = visible
+        if tidx < 8:
+            entries = mLists[batch, head, m_block, None]
+            entries[LIST_HEADER + n_blocks + 4 * (tidx // 4 * n_blocks + n_block) + tidx % 4] = hidden
+        if tidx == 0:
+            mKinds[batch, head, m_block, n_block] = kind
+
+    @cute.jit
+    def _put_mixed(
+        self,
+        mask: cute.Tensor,  # (s_q, s_k) of a head
+        mKinds: cute.Tensor,
+        mRows: cute.Tensor | None,
+        bits: cute.Tensor,  # (key blocks or twice as many, rows, 4) of a head
+        mLists: cute.Tensor,
+        window: Window,
+        place: tuple[Int32, Int32, Int32, Int32],  # batch, head, query block, key block
+        flags: cute.Tensor,  # (warps,) Int32 in shared memory
+        keys_of_warps: cute.Tensor,  # (4, 2, warps) Int32 in shared memory
+    ) -> None:
+        """The same of any other tile, value by value."""
+        batch, head, m_block, n_block = place
+        n_blocks = mKinds.shape[3]
+        tidx, _, _ = cute.arch.thread_idx()
+        warp, lane = cute.arch.make_warp_uniform(tidx // 32), tidx % 32
+        first_row = m_block * self.tile_m + warp * self.rows_of_warp
+        keys = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), 1 if self.is_bool else 2), Int32)
+        values = cute.make_rmem_tensor((cute.ceil_div(self.tile_n, 32), self.rows_at_once), Float32)
+        seen, visible, low = Int32(0), Int32(0), Int32(0)
+        keys.fill(0)
+        for part in cutlass.range(self.rows_of_warp // self.rows_at_once, unroll=1):
+            for r in cutlass.range_constexpr(self.rows_at_once):  # all loads before their first use
+                self._read_row(mask, first_row + part * self.rows_at_once + r, n_block, window, lane, values[None, r])
+            for r in cutlass.range_constexpr(self.rows_at_once):
+                index = part * self.rows_at_once + r
+                row, hard, soft = first_row + index, Int32(0), Int32(0)
+                if row < mask.shape[0]:
+                    hard, soft, found = self._words(values[None, r], lane, keys)
                     seen = seen | found
                     if cutlass.const_expr(not self.is_bool):
-                        visible = visible | (found >> 3 & 1) << r
-                        low = low | (found >> 4 & 1) << r
+                        visible = visible | (found >> 3 & 1) << index
+                        low = low | (found >> 4 & 1) << index
+                if (row < bits.shape[1]) & (lane < 4):
+                    bits[n_block, row, lane] = hard
+                    if cutlass.const_expr(not self.is_bool):
+                        bits[n_blocks + n_block, row, lane] = soft
         if lane == 0:
             flags[warp] = seen
             for e in cutlass.range_constexpr(cute.size(keys, mode=[0])):
@@ -142,7 +221,7 @@ class Mask:
             if cutlass.const_expr(mRows is not None):
                 mRows[batch, head, m_block, n_block, warp] = visible | low << 16
         cute.arch.sync_threads()
-        for w in cutlass.range_constexpr(MASK_WARPS):
+        for w in cutlass.range_constexpr(self.warps):
             seen = seen | flags[w]
         kind = Int32(SKIPPED)
         if seen & 1 != 0:
@@ -155,13 +234,6 @@ class Mask:
             hidden = self._list_hidden(keys_of_warps, entries, n_block, n_blocks, count, lane)
             if lane == 0:
                 mKinds[batch, head, m_block, n_block] = kind + (seen >> 4 & 7) * HAS_LOW + hidden
-        if lane < 4:
-            for r in cutlass.range_constexpr(self.rows_of_warp):
-                row = first_row + r
-                if row < bits.shape[1]:
-                    bits[n_block, row, lane] = hard[r]
-                    if cutlass.const_expr(not self.is_bool):
-                        bits[n_blocks + n_block, row, lane] = soft[r]
 
     @cute.jit
     def _read_row(
@@ -188,24 +260,9 @@ class Mask:
                     values[e] = value.to(Float32)
 
     @cute.jit
-    def _plain(self, values: cute.Tensor, lane: Int32) -> tuple[Boolean, Int32]:
-        """Whether all values of a warp's rows are visible and none is NaN or -HIDDEN or more, as biases mostly are, and
-        the flags (see `_words`) of all rows together then. No key may be missing. That takes a quarter of `_words`."""
-        least, most = values[0], values[0]
-        for r in cutlass.range_constexpr(self.rows_of_warp):
-            for e in cutlass.range_constexpr(cute.size(values, mode=[0])):
-                value = values[e, r]
-                if cutlass.const_expr(32 * e + 32 > self.tile_n):
-                    value = value if 32 * e + lane < self.tile_n else values[0, r]
-                least, most = cute.arch.fmin(least, value, nan=True), cute.arch.fmax(most, value, nan=True)
-        is_plain = cute.arch.vote_all_sync((least >= VISIBLE) & (most < -HIDDEN))  # False for NaN
-        is_zero = cute.arch.vote_all_sync((least == 0.0) & (most == 0.0))
-        return is_plain, Int32(1) if is_zero else Int32(5)
-
-    @cute.jit
     def _list_hidden(
         self,
-        keys: cute.Tensor,  # (4, 2, MASK_WARPS) Int32 in shared memory: which keys some row of a warp sees
+        keys: cute.Tensor,  # (4, 2, warps) Int32 in shared memory: which keys some row of a warp sees
         entries: cute.Tensor,  # the list of these rows
         n_block: Int32,
         n_blocks: Int32,
@@ -215,7 +272,7 @@ class Mask:
         """Put the keys that are hidden from all rows of a tile on the list, by a warp; what that adds to its kind."""
         hidden, word, plane = Int32(0), lane % 4, lane // 4
         if lane < (4 if self.is_bool else 8):
-            for w in cutlass.range_constexpr(MASK_WARPS):
+            for w in cutlass.range_constexpr(self.warps):
                 hidden = hidden | keys[word, plane, w]
             hidden = ~hidden & _first_bits(count - 32 * word)
             entries[LIST_HEADER + n_blocks + 4 * (plane * n_blocks + n_block) + word] = hidden
@@ -303,14 +360,88 @@ class Mask:
     @cute.jit
     def _has_low_row(self, rows: cute.Tensor, lane: Int32) -> Boolean:
         """Whether some row of a block has finite values up to HIDDEN and none that is visible."""
-        found = Int32(0)  # of the rows of warp lane % MASK_WARPS
-        for i in cutlass.range(cute.ceil_div(rows.shape[0] * MASK_WARPS, 32), unroll=4):
+        found = Int32(0)  # of the rows of warp lane % warps
+        for i in cutlass.range(cute.ceil_div(rows.shape[0] * self.warps, 32), unroll=4):
             place = i * 32 + lane
-            if place < rows.shape[0] * MASK_WARPS:
-                found = found | rows[place // MASK_WARPS, place % MASK_WARPS]
-        for distance in cutlass.range_constexpr(3, 5):
+            if place < rows.shape[0] * self.warps:
+                found = found | rows[place // self.warps, place % self.warps]
+        for distance in cutlass.range_constexpr(self.warps.bit_length() - 1, 5):
             found = found | cute.arch.shuffle_sync_bfly(found, 1 << distance)
         return cute.arch.vote_any_sync((found >> 16 & ~found & 0xFFFF) != 0)
+
+
+class Patterns(NamedTuple):
+    """Bits of a floating dtype, repeated in 32 of them."""
+
+    width: int
+    magnitudes: int  # all but the sign
+    small: int  # of 2^SMALL_LOG2, not repeated
+    hidden: int  # of -inf
+
+    @classmethod
+    def of(cls, dtype: str) -> "Patterns | None":
+        """Those of a mask, None of a boolean one."""
+        if dtype not in EXPONENTS:
+            return None
+        bias, shift = EXPONENTS[dtype]
+        width = DTYPES[dtype].width
+        infinity, twice = (2 * bias + 1) << shift, 1 if width == 32 else 1 << 16 | 1
+        small, magnitudes = (bias + SMALL_LOG2) << shift, (1 << width - 1) - 1
+        return cls(width, magnitudes * twice, small, ((infinity | 1 << width - 1) * twice) - (1 << 32))
+
+    @cute.jit
+    def alike(
+        self,
+        mask: cute.Tensor,  # (s_q, s_k) of a head, see Mask.__call__
+        m_block: Int32,
+        n_block: Int32,
+        tile_m: cutlass.Constexpr[int],
+        tile_n: cutlass.Constexpr[int],
+        tidx: Int32,
+        flags: cute.Tensor,  # (warps,) Int32 in shared memory
+    ) -> Int32:
+        """ZERO, SMALL and UNSEEN, where all values of a full tile are that; 0 if they are none. By a whole CTA."""
+        threads = 32 * cute.size(flags)
+        of_row, vectors = tile_n * self.width // 128, tile_m * tile_n * self.width // 128
+        values = cute.make_rmem_tensor((4, vectors // threads), Int32)
+        for i in cutlass.range_constexpr(vectors // threads):
+            index = i * threads + tidx
+            row, column = m_block * tile_m + index // of_row, n_block * tile_n + index % of_row * (128 // self.width)
+            start = mask.iterator + cute.crd2idx((row, column), mask.layout)
+            source = cute.make_tensor(cute.recast_ptr(start.align(16), dtype=Int32), cute.make_layout(4))
+            cute.autovec_copy(source, values[None, i])
+        upper, lower, other = Int32(0), Int32(0), Int32(0)
+        for i in cutlass.range_constexpr(cute.size(values)):
+            value = values[i]
+            upper = cutlass.max(upper, value & (self.magnitudes if self.width == 32 else 0x7FFF0000))
+            if cutlass.const_expr(self.width == 16):
+                lower = cutlass.max(lower, value & 0x7FFF)
+            other = other | value ^ self.hidden
+        is_small = (upper < self.small << 32 - self.width) & (lower < self.small)  # False for NaN and inf
+        found = Int32(ZERO) if cute.arch.vote_all_sync(upper | lower == 0) else Int32(0)
+        found = found | (Int32(SMALL) if cute.arch.vote_all_sync(is_small) else Int32(0))
+        found = found | (Int32(UNSEEN) if cute.arch.vote_all_sync(other == 0) else Int32(0))
+        if tidx % 32 == 0:
+            flags[tidx // 32] = found
+        cute.arch.sync_threads()
+        for w in cutlass.range_constexpr(cute.size(flags)):
+            found = found & flags[w]
+        return found
+
+
+@cute.jit
+def is_full_tile(
+    mask: cute.Tensor,  # (s_q, s_k) of a head
+    m_block: Int32,
+    n_block: Int32,
+    tile_m: cutlass.Constexpr[int],
+    tile_n: cutlass.Constexpr[int],
+    window: Window,
+) -> Boolean:
+    """Whether all rows and keys of a tile exist, and all of them are in the window."""
+    row, key = m_block * tile_m, n_block * tile_n
+    exists = (row + tile_m <= mask.shape[0]) & (key + tile_n <= mask.shape[1])
+    return exists & (key >= row + tile_m - 1 + window.left) & (key + tile_n - 1 <= row + window.right)
 
 
 @cute.jit
@@ -329,6 +460,16 @@ def _spread(ballot: Int32, shift: Int32) -> Int32:
     return (pairs | pairs >> 6 | pairs >> 12 | pairs >> 18) & 0xFF
 
 
+def example_mask(dtype: str, batch: object, heads: object) -> cute.Tensor:
+    """A mask without data: a boolean one has any strides, others those of `Mask.__call__`."""
+    shape = (batch, heads, cute.sym_int(), cute.sym_int())
+    if dtype == "bool":
+        return cute.runtime.make_fake_tensor(DTYPES[dtype], shape, tuple(cute.sym_int64() for _ in shape))
+    unit = 128 // DTYPES[dtype].width
+    strides = tuple(cute.sym_int64(divisibility=unit) for _ in shape[1:])
+    return cute.runtime.make_fake_tensor(DTYPES[dtype], shape, (*strides, 1), assumed_align=16)
+
+
 def example_arguments(key: KernelKey) -> tuple:
     """Tensors without data, for ``cute.compile``: everything symbolic but the dtype."""
 
@@ -338,11 +479,10 @@ def example_arguments(key: KernelKey) -> tuple:
         return cute.runtime.make_fake_tensor(dtype, shape, (*strides, last_stride), assumed_align=align)
 
     batch, heads, m_blocks, n_blocks = (cute.sym_int() for _ in range(4))
-    mask = tensor(DTYPES[key.dtype], batch, heads, cute.sym_int(), cute.sym_int(), last_stride=cute.sym_int64())
     return (
-        mask,
+        example_mask(key.dtype, batch, heads),
         tensor(Int32, batch, heads, m_blocks, n_blocks),
-        None if key.dtype == "bool" else tensor(Int32, batch, heads, m_blocks, n_blocks, MASK_WARPS),
+        None if key.dtype == "bool" else tensor(Int32, batch, heads, m_blocks, n_blocks, mask_warps(key.tile_m)),
         tensor(Int32, batch, heads, cute.sym_int(), cute.sym_int(), 4),
         tensor(Int32, batch, heads, m_blocks, cute.sym_int()),
         Int32(0),
