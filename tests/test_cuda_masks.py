@@ -81,6 +81,47 @@ def test_every_broadcast(sq, sk, d, kind, broadcast, heads, heads_kv):
     assert_within_bound(fwd(q, k, v, attn_mask=mask)[0], q, k, v, mask)
 
 
+def dense_bias(kind, sizes, like, hides):
+    """Biases of heads of their own, small ones in most tiles; with ``hides`` some tiles have -inf, zeros, or the lowest
+    value."""
+    bias = torch.randn(sizes, device="cuda", dtype=torch.float32 if kind == "fp32" else like.dtype)
+    if hides:
+        bias[:, 0, 200:, 300:] = -math.inf
+        bias[:, -1, 128:384, :256] = 0.0
+        bias[:, -1, :, 400] = -math.inf
+        bias[:, 1, 600, 5] = LOW[bias.dtype]
+    return bias
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("broadcast", ["....", "1...", "1..1", "1.1."])
+@pytest.mark.parametrize("kind", ["own", "fp32"])
+@pytest.mark.parametrize("d", [40, 64])
+def test_wide_tiles_of_biases_of_each_head(d, kind, broadcast, hides):
+    heads, sq, sk = 16, 700, 650
+    q, k, v = inputs(heads=heads, heads_kv=heads, sq=sq, sk=sk, d=d)
+    sizes = [1 if mark == "1" else size for mark, size in zip(broadcast, (2, heads, sq, sk), strict=True)]
+    mask = dense_bias(kind, sizes, q, hides and broadcast in ("....", "1..."))
+    tiles = []
+    with pytest.MonkeyPatch.context() as patch:
+        prepared = masks.prepared
+        patch.setattr(masks, "prepared", lambda mask, of, load: tiles.append(of) or prepared(mask, of, load))
+        out, _ = fwd(q, k, v, attn_mask=mask)
+    assert [of.tile_m for of in tiles] == [192]
+    assert_within_bound(out, q, k, v, mask)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"softcap": 20.0}])
+@pytest.mark.parametrize("heads, heads_kv", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("kind", ["own", "fp32"])
+@pytest.mark.parametrize("d", [64, 128, 192])
+def test_gradients_of_dense_biases(d, kind, heads, heads_kv, options, hides):
+    """Blocks of biases alone, and beside them all other kinds."""
+    q, k, v = inputs(heads=heads, heads_kv=heads_kv, sq=700, sk=650, d=d, requires_grad=True)
+    assert_gradients(q, k, v, dense_bias(kind, (1, heads, 700, 650), q, hides), **options)
+
+
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"window_left": 60, "window_right": 10}, {"softcap": 20.0}])
 @pytest.mark.parametrize("kind", ["bool", "bias"])
 def test_together_with_options(kind, options):

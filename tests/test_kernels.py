@@ -103,12 +103,13 @@ MASKED = [  # biases take the most registers where O does
             *((d, d, "normal", False, mask) for d in (64, 128, 192, 256) for mask in ("bf16", "fp32")),
             *((d, d, "normal", False, "bool") for d in (64, 256)),
             *((d, d, "small", False, mask) for d, mask in ((128, "bool"), (256, "bf16"), (256, "fp32"))),
+            *((d, d, "wide", False, mask) for d in (40, 64) for mask in ("bf16", "fp32")),
             (64, 256, "normal", False, "fp32"),
             *((d, d, "normal", True, "fp32") for d in (128, 256)),
         )
     ),
     *(config.mask_key(mask, *tile) for mask in ("bool", "fp16", "fp32") for tile in ((128, 128), (64, 64), (128, 80))),
-    config.mask_key("bf16", 128, 112),
+    *(config.mask_key("bf16", *tile) for tile in ((128, 112), (192, 128))),
 ]
 MASKED_BACKWARD = [  # each split of the work, biases beside the most registers and in the least shared memory
     *(
@@ -600,6 +601,10 @@ def test_forwards_with_a_mask_are_supported(mask):
         assert (forward.direction, forward.attn_mask, preparation.direction) == ("forward", mask, "mask")
         assert (preparation.dtype, preparation.tile_m, preparation.tile_n) == (mask, forward.tile_m, forward.tile_n)
     assert len(launch.keys(spec(mask=mask), H100, any_size=True)) == 4
+    call = spec(mask=mask, head_dim=64, head_dim_v=64)
+    for change, wide in (({}, mask != "bool"), ({"is_causal": True}, mask != "bool"), ({"softcap": 30.0}, False)):
+        tiles = [key.tile_m for key in launch.keys(call._replace(**change), H100, any_size=True)]
+        assert tiles == [64, 64, 128, 128] + [192, 192] * wide
 
 
 @pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
@@ -635,7 +640,12 @@ def test_masked_backward_tiles_have_room_for_the_mask(mask):
                 assert chosen.mask_bytes == 32 * chosen.tile_n + bias and chosen.smem_bytes <= config.SMEM_PER_BLOCK
                 assert chosen.stages_dq() or chosen.has_dq_warpgroup
                 if chosen.stages_dq():
-                    assert chosen.smem_bytes == plain.smem_bytes + chosen.mask_bytes
+                    assert (
+                        chosen.smem_bytes
+                        == plain.smem_bytes + chosen.mask_bytes + max(chosen.bias_stages - 1, 0) * bias
+                    )
+                if max(head_dim, head_dim_v) <= 64 and mask == "bf16":
+                    assert chosen.bias_stages == 2
 
 
 def test_refusal_lists_every_reason():

@@ -24,7 +24,7 @@ from .sm90 import config as sm90
 
 KEPT = 16  # at a time: lists and bits of a mask for some tiles, or a copy of biases
 KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
-KEPT_PART = 4  # … unless the mask itself has this many times as much: bits of biases take an eighth or less of it
+KEPT_PART = 3  # … unless the mask itself has this many times as much: bits of biases take a quarter of it or less
 UNBOUNDED = 1 << 30  # of a window
 
 
