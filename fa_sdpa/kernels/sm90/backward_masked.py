@@ -101,7 +101,7 @@ class MaskedBackward(Backward):
         """``(0, clear_start, bits_start, whole_start, end)``: where a tile's list has each kind of blocks, biased ones
         first, of which those that hide keys come before all others."""
         entries = self._entries(unit, gmem)
-        clear_start = entries[3] // 2 if cutlass.const_expr(self.has_bias) else Int32(0)
+        clear_start = entries[3] >> 1 if cutlass.const_expr(self.has_bias) else Int32(0)
         return Int32(0), clear_start, entries[0], entries[1], entries[2]
 
     @cute.jit
@@ -171,7 +171,7 @@ class MaskedBackward(Backward):
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
             unit = self._take_unit(gmem, scratch, order)
-            put_unit(pipelines.units, turn, unit, tile % 2 + biased % 4 * 2)
+            put_unit(pipelines.units, turn, unit, tile & 1 | (biased & 3) << 1)
 
     @cute.jit
     def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
@@ -243,8 +243,8 @@ class MaskedBackward(Backward):
 
     def _bias_state(self, count: Int32, first_phase: int) -> pipeline.PipelineState:
         """The state of the biases' pipeline after so many blocks."""
-        index, phase = count % self.bias_stages, count // self.bias_stages % 2 ^ first_phase
-        return pipeline.PipelineState(self.bias_stages, count, index, phase)
+        index, phase = count & self.bias_stages - 1, count >> self.bias_stages - 1 & 1 ^ first_phase  # of 1 or 2
+        return pipeline.PipelineState(self.bias_stages, Int32(0), index, phase)
 
     @cute.jit
     def _clear_hidden(
@@ -258,7 +258,7 @@ class MaskedBackward(Backward):
     ) -> None:
         """Zero their rows of keys that are hidden from all blocks of a tile, if there are any."""
         entries = self._entries(unit, gmem)
-        if entries[3] % 2 != 0:
+        if entries[3] & 1 != 0:
             pipe.consumer_wait(state)
             hidden = cute.make_tensor(entries.iterator + 4, cute.make_layout(4))
             for tile in tiles:
@@ -288,7 +288,7 @@ class MaskedBackward(Backward):
             self._visit_block(context, q_state, total, left, BITS_BLOCK)
             q_state.advance()
         if cutlass.const_expr(self.has_bias):
-            before = tile // 2 + bits_start - 1
+            before = (tile >> 1) + bits_start - 1
             while left > clear_start:
                 left -= 1
                 self._visit_block(context, q_state, total, left, (before - left, False))
