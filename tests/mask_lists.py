@@ -38,11 +38,14 @@ def padded(x, rows, columns, value):
 
 
 def with_tiles_alike(mask, tile_m, tile_n):
-    """A floating mask (…, queries, keys) with tiles of nothing but small biases, of -inf, and of larger biases."""
+    """A floating mask (…, queries, keys) with tiles of nothing but small biases, of -inf, of larger biases, and of the
+    lowest value."""
     rows = slice(tile_m, 2 * tile_m)
     mask[..., rows, 2 * tile_n : 3 * tile_n].normal_()
     mask[..., rows, 3 * tile_n : 4 * tile_n] = -math.inf
     mask[..., rows, 4 * tile_n : 5 * tile_n] = 2e4
+    for rows in (slice(0, tile_m), slice(2 * tile_m, 3 * tile_m)):
+        mask[..., rows, 3 * tile_n : 4 * tile_n] = LOW[mask.dtype]
     return mask
 
 

@@ -12,8 +12,8 @@ A tile in which no row sees a key is on no list; if that leaves a block of rows 
 bits are all 0. A mask also stands for a causal mask or window given beside it, and for the last block's missing keys.
 
 A full tile of a floating mask whose values are all alike, as those of biases mostly are, is told by 16-byte loads and a
-few operations a value (`alike`): all 0, all small, all -inf. Only others are looked at value by value. Tiles of the
-first two kinds have no bits, as nothing reads them.
+few operations a value (`alike`): all 0, all small, all -inf, all finite up to HIDDEN. Only others are looked at value
+by value. Tiles of the first two kinds have no bits, as nothing reads them.
 
 Bits: bit 2v + j of word t of (key block, row) is key 8v + 2t + j of the block, which is what a thread holds of a row of
 a score accumulator (common/fragments.py): one word a row and thread. Floating masks have bits of two sorts, for tiles
@@ -29,6 +29,7 @@ of any dtype gets tiles skipped. A block of rows in which some row has such valu
 values as they are: its tiles with finite ones become biased tiles.
 """
 
+import math
 from typing import NamedTuple
 
 import cutlass
@@ -47,7 +48,7 @@ HIDING = 4  # in lists, biased tiles in which keys are hidden; they come last
 HAS_LOW = 4  # added to the kind of a tile with values up to HIDDEN that are finite
 HAS_HIGH = 8  # added to the kind of a tile with values from -HIDDEN on
 HIDES = 16  # added to the kind of a floating tile in which -inf hides a key
-ZERO, SMALL, UNSEEN = 1, 2, 4  # what all values of a tile may be, see `_alike`; 0 is SMALL, too
+ZERO, SMALL, UNSEEN, LOW = 1, 2, 4, 8  # what all values of a tile may be, see `alike`; 0 is SMALL, too
 HIDDEN_KEYS = 32  # added to the kind of a tile if some key has no bit in it; twice that, no bit as a biased tile
 DTYPES = {
     "bool": cutlass.Uint8,
@@ -155,17 +156,23 @@ class Mask:
         if alike & ZERO != 0:
             kind = Int32(WHOLE)
         hidden = Int32(0)
-        if alike & UNSEEN != 0:
+        if alike & (UNSEEN | LOW) != 0:
             kind, visible = Int32(SKIPPED + HIDES + 3 * HIDDEN_KEYS), Int32(0)
-            hidden = _first_bits(self.tile_n - 32 * (lane % 4))
-            zeros = cute.make_rmem_tensor(4, Int32)
-            zeros.fill(0)
+            soft = Int32(0)
+            if alike & LOW != 0:
+                kind = Int32(SKIPPED + HAS_LOW + HIDDEN_KEYS)
+                visible = Int32(-1 << 16 if self.rows_of_warp == 16 else ((1 << self.rows_of_warp) - 1) << 16)
+                soft = Int32(-1)
+            if (tidx < 4) | (alike & UNSEEN != 0):
+                hidden = _first_bits(self.tile_n - 32 * (lane % 4))
+            words = cute.make_rmem_tensor(4, Int32)
             rows = bits.shape[1]
             for i in cutlass.range_constexpr(2 * self.tile_m // (32 * self.warps)):
                 index = i * (32 * self.warps) + tidx
-                row = m_block * self.tile_m + index % self.tile_m
+                row, plane = m_block * self.tile_m + index % self.tile_m, index // self.tile_m
+                words.fill(soft * plane)
                 if row < rows:
-                    cute.autovec_copy(zeros, bits[index // self.tile_m * n_blocks + n_block, row, None])
+                    cute.autovec_copy(words, bits[plane * n_blocks + n_block, row, None])
         if lane == 0:
             mRows[batch, head, m_block, n_block, warp] = visible
         if tidx < 8:
@@ -377,6 +384,7 @@ class Patterns(NamedTuple):
     magnitudes: int  # all but the sign
     small: int  # of 2^SMALL_LOG2, not repeated
     hidden: int  # of -inf
+    low: int  # of the largest value up to HIDDEN, in the upper half, or all; a negative number, as the last one
 
     @classmethod
     def of(cls, dtype: str) -> "Patterns | None":
@@ -387,7 +395,10 @@ class Patterns(NamedTuple):
         width = DTYPES[dtype].width
         infinity, twice = (2 * bias + 1) << shift, 1 if width == 32 else 1 << 16 | 1
         small, magnitudes = (bias + SMALL_LOG2) << shift, (1 << width - 1) - 1
-        return cls(width, magnitudes * twice, small, ((infinity | 1 << width - 1) * twice) - (1 << 32))
+        sign, upper = 1 << width - 1, 32 - width
+        hidden = ((infinity | sign) * twice) - (1 << 32)
+        most = math.ceil((-HIDDEN / 2**15 - 1) * 2**shift) | (bias + 15) << shift
+        return cls(width, magnitudes * twice, small, hidden, ((most | sign) << upper) - (1 << 32))
 
     @cute.jit
     def alike(
@@ -400,7 +411,7 @@ class Patterns(NamedTuple):
         tidx: Int32,
         flags: cute.Tensor,  # (warps,) Int32 in shared memory
     ) -> Int32:
-        """ZERO, SMALL and UNSEEN, where all values of a full tile are that; 0 if they are none. By a whole CTA."""
+        """ZERO, SMALL, UNSEEN and LOW, where all values of a full tile are that; 0 if they are none. By a whole CTA."""
         threads = 32 * cute.size(flags)
         of_row, vectors = tile_n * self.width // 128, tile_m * tile_n * self.width // 128
         values = cute.make_rmem_tensor((4, vectors // threads), Int32)
@@ -421,12 +432,30 @@ class Patterns(NamedTuple):
         found = Int32(ZERO) if cute.arch.vote_all_sync(upper | lower == 0) else Int32(0)
         found = found | (Int32(SMALL) if cute.arch.vote_all_sync(is_small) else Int32(0))
         found = found | (Int32(UNSEEN) if cute.arch.vote_all_sync(other == 0) else Int32(0))
-        if tidx % 32 == 0:
-            flags[tidx // 32] = found
-        cute.arch.sync_threads()
-        for w in cutlass.range_constexpr(cute.size(flags)):
-            found = found & flags[w]
+        found = _common(found, flags, tidx)
+        if found == 0:
+            least, most = Int32(-1), Int32(self.low)
+            for i in cutlass.range_constexpr(cute.size(values)):
+                for half in cutlass.range_constexpr(32 // self.width):
+                    value = values[i] << 16 * half
+                    least, most = cutlass.min(least, value), cutlass.max(most, value)
+            first_hidden = self.hidden & -65536 if cutlass.const_expr(self.width == 16) else self.hidden
+            is_low = (least >= self.low) & (most < first_hidden)
+            found = Int32(LOW) if cute.arch.vote_all_sync(is_low) else Int32(0)
+            cute.arch.sync_threads()  # all have read the flags
+            found = _common(found, flags, tidx)
         return found
+
+
+@cute.jit
+def _common(found: Int32, flags: cute.Tensor, tidx: Int32) -> Int32:
+    """Bits that all warps of a CTA have found; ``flags``: (warps,) Int32 in shared memory."""
+    if tidx % 32 == 0:
+        flags[tidx // 32] = found
+    cute.arch.sync_threads()
+    for w in cutlass.range_constexpr(cute.size(flags)):
+        found = found & flags[w]
+    return found
 
 
 @cute.jit

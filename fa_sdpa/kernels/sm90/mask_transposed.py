@@ -10,8 +10,8 @@ Bits: bit 2v + j of word t of (query block, key) is row 8v + 2t + j of the block
 of a transposed score accumulator. Rows beyond seqlen_q have no part in anything, and bits of 0. A mask that is the same
 for all rows has bits of one block, of tile_m rows.
 
-Bits of tiles that are told by all their values being alike (mask.py) are written only if some are read: all 0 where no
-key is seen, else all 1 if lists are for several heads, for one of which the tile may be another.
+Bits of tiles that are told by all their values being alike (mask.py) are written only if some are read: where no key is
+seen, else if lists are for several heads, for one of which the tile may be another.
 
 Lists: where its biased blocks end, where those with bits end, where it ends; twice the place where those of the biased
 ones that hide keys end, plus 1 if there are keys that are hidden from all rows of all blocks; 4 words that tell which,
@@ -38,6 +38,7 @@ from .mask import (
     HIDDEN,
     HIDES,
     HIDING,
+    LOW,
     SKIPPED,
     UNSEEN,
     VISIBLE,
@@ -143,17 +144,20 @@ class TransposedMask:
         kind, hidden, visible = Int32(BIASED), Int32(0), Int32((1 << MASK_ROWS) - 1)
         if alike & ZERO != 0:
             kind = Int32(WHOLE)
-        if alike & UNSEEN != 0:
+        if alike & (UNSEEN | LOW) != 0:
             kind, hidden, visible = Int32(SKIPPED), Int32(-1), Int32(0)
+        unseen = hidden
+        if alike & LOW != 0:
+            kind, unseen, visible = Int32(SKIPPED + HAS_LOW), Int32(0), Int32(-1 << MASK_ROWS)
         bits = mBits[batch, head, None, m_block, n_block * self.tile_n + column, None]
-        if is_shared | (alike & UNSEEN != 0):
+        if is_shared | (alike & (UNSEEN | LOW) != 0):
             for t in cutlass.range_constexpr(4):
-                bits[0, t], bits[1, t] = ~hidden, ~hidden
+                bits[0, t], bits[1, t] = ~hidden, ~unseen
         if column % 32 == 0:
             for part in cutlass.range_constexpr(self.tile_m // MASK_ROWS):
                 mRows[batch, head, m_block, n_block, part * self.warps + warp] = visible
             mHidden[batch, head, m_block, n_block, warp, 0] = hidden
-            mHidden[batch, head, m_block, n_block, warp, 1] = hidden
+            mHidden[batch, head, m_block, n_block, warp, 1] = unseen
         if column == 0:
             mKinds[batch, head, m_block, n_block] = kind
 
