@@ -4,7 +4,8 @@ The rule is that of forward_cases.py. lse is judged in rows whose lse is above -
 huge negative bias, that is cut off (sm90/forward_masked.py), and lse with it. So are weights in rows with an lse around
 -1e9: there fp32 rounds scores to multiples of 64, what is left of them is chance, and out has to be a mean of values,
 no more. In every other case the keys that no row of any head sees, and their values, are NaN, since what is behind a
-mask must not leak.
+mask must not leak. Half of the floating masks up to d64 are given to 28 sequences of 513 to 640 rows, which have the
+wide tile where the mask tells heads apart.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def random_masked_case(seed: int, index: int) -> MaskedCase:
     batch = rng.randint(1, min(room // heads, 4))
     case = case._replace(batch=batch, heads=heads, heads_kv=heads_kv, seqlen_k=seqlen_k)
     dtype = rng.choice(("bool", "bool", case.dtype, "fp32"))
-    return MaskedCase(
+    masked = MaskedCase(
         case,
         dtype,
         content=rng.choice(CONTENTS),
@@ -87,6 +88,11 @@ def random_masked_case(seed: int, index: int) -> MaskedCase:
         empty_rows=rng.random() < 0.3,
         poison=rng.random() < 0.5,
     )
+    if dtype == "bool" or max(case.head_dim, case.head_dim_v) > 64 or rng.random() < 0.5:
+        return masked
+    heads_kv, sizes = rng.choice((2, 7, 14)), (rng.randint(513, 640), rng.randint(1, 460))  # biases in wide tiles
+    case = case._replace(batch=2, heads=14, heads_kv=heads_kv, seqlen_q=sizes[0], seqlen_k=sizes[1])
+    return masked._replace(case=case, dims=4, broadcast=rng.choice(("....", "1...", "1.1.", "...1")))
 
 
 def make_mask(masked: MaskedCase, source: str = "cuda") -> Tensor:
