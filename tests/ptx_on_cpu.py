@@ -31,8 +31,10 @@ typedef struct {
     int at; uint32_t in, out; int source;
 } Thread;
 static uint8_t *shared;
+static uint32_t row_of_ctas;
 static float as_float(uint32_t x) { float f; memcpy(&f, &x, 4); return f; }
 static uint32_t as_bits(float f) { uint32_t x; memcpy(&x, &f, 4); return x; }
+static uint32_t as_bf16(float f) { uint32_t x = as_bits(f); return x + 0x7FFF + (x >> 16 & 1) >> 16; }
 static float half(uint16_t x) { _Float16 h; memcpy(&h, &x, 2); return (float)h; }
 static float least(float a, float b) { return isnan(a) || isnan(b) ? NAN : a < b ? a : b; }
 static float most(float a, float b) { return isnan(a) || isnan(b) ? NAN : a > b ? a : b; }
@@ -45,10 +47,11 @@ EPILOGUE = r"""
     abort();
 }
 enum { THREADS = %(threads)d, SHARED = 1 << 18 };
-int run(int ctas, uint8_t **parameters) {
+int run(int ctas, uint32_t row, uint8_t **parameters) {
     static Thread threads[THREADS];
     static int state[THREADS];
     shared = malloc(SHARED);
+    row_of_ctas = row;
     for (int cta = 0; cta < ctas; cta++) {
         memset(threads, 0, sizeof threads);
         memset(shared, 0xA5, SHARED);
@@ -90,7 +93,8 @@ def _value(operand: str) -> str:
         return f"0x{operand[2:]}u"
     if operand.startswith("__dynamic_shmem"):
         return "0u"
-    return {"%tid.x": "(uint32_t)tid", "%ctaid.x": "(uint32_t)cta"}.get(operand, f"({operand})")
+    known = {"%tid.x": "(uint32_t)tid", "%ctaid.x": "(uint32_t)cta", "%ctaid.y": "row_of_ctas"}
+    return known.get(operand, f"({operand})")
 
 
 def _memory(operation: list[str], operands: list[list[str]]) -> str:
@@ -147,6 +151,10 @@ def _result(operation: list[str], operands: list[str]) -> str:
         return f"!{a}" if kind == "pred" else f"~{a}"
     if name == "neg":
         return f"-{a}"
+    if operation == ["add", "f32"]:
+        return f"as_bits(as_float({a}) + as_float({b}))"
+    if operation == ["cvt", "rn", "bf16x2", "f32"]:  # not of NaN
+        return f"as_bf16(as_float({a})) << 16 | as_bf16(as_float({b}))"
     if name in OPERATORS:
         return f"({c}){a} {OPERATORS[name]} ({c}){b}" if c else f"{a} {OPERATORS[name]} {b}"
     if name in ("mul", "mad") and operation[1] == "wide":
@@ -196,8 +204,11 @@ def translate(ptx: str, which: str) -> str:
             statement = f"goto {operands[0][0].replace('$', '')};"
         elif operation[0] == "ret":
             statement = "return DONE;"
-        elif operation[0] == "fence":
+        elif operation[0] in ("fence", "griddepcontrol"):
             statement = ""
+        elif operation[0] == "mov" and len(operands[0]) == 2:
+            low, high = map(_value, operands[0])
+            statement = f"{low} = {values[1]}; {high} = {values[1]} >> 16;"
         elif operation[0] in ("ld", "st"):
             statement = _memory(operation, operands)
         elif operation[0] in ("vote", "shfl", "bar"):
@@ -232,10 +243,10 @@ def load(ptx: str, which: str, directory: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def launch(kernel: ctypes.CDLL, ctas: int, *arguments: bytes) -> None:
-    """Run so many CTAs, one after the other."""
+def launch(kernel: ctypes.CDLL, ctas: int, *arguments: bytes, row: int = 0) -> None:
+    """Run so many CTAs, a row of the grid, one after the other."""
     memory = [ctypes.create_string_buffer(argument, len(argument)) for argument in arguments]
-    status = kernel.run(ctas, (ctypes.c_void_p * len(memory))(*map(ctypes.addressof, memory)))
+    status = kernel.run(ctas, row, (ctypes.c_void_p * len(memory))(*map(ctypes.addressof, memory)))
     assert status == 0, ("", "threads of a warp are at different places", "a barrier that some threads do not reach")[
         status
     ]
