@@ -248,4 +248,6 @@ def test_models_that_pass_masks_are_routed(tmp_path):
     shape = "--batch 3 --seqlen 24 --new-tokens 4 --rounds 1"
     done = subprocess.run([*command, *shape.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'bert', 'routed': 2" in done.stdout and "'llama', 'routed': 8" in done.stdout
+    for model, mode, routed in (("bert", "eager", 2), ("llama", "eager", 8), ("bert", "compiled", 1)):
+        assert f"'{model}', 'mode': '{mode}', 'routed': {routed}, 'left to torch': 0" in done.stdout
+    assert "'llama', 'mode': 'compiled', 'routed': 0" not in done.stdout
