@@ -3,7 +3,7 @@ that generates from prompts of different lengths (left padding), attn_implementa
 
     python benchmarks/masked_models.py --out benchmarks/results/masked_models_h100.json
 
-For each model, in eager mode and with every layer compiled (fullgraph=True; Llama reads its prompts alone then, as every
+For each model, in eager mode and with every layer compiled (fullgraph=True; then Llama reads its prompts alone, as each
 layer would be compiled by itself for its place in the cache): how many attention calls were routed, in compiled layers
 as they were traced, and why others were not; the largest difference of hidden states (BERT) or first logits (Llama)
 from torch's math path in fp32, ours and torch's default; and the time of a forward or a generation, the median of
