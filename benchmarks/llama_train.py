@@ -18,9 +18,9 @@ Two runs are apart by the root mean square, over the last two thirds of the step
 the same batch. fa_sdpa must be no further from torch than the furthest of torch's own runs; the distances of those that
 start from the same weights are printed beside it. Nor may its losses be lower or higher on average: the mean difference
 must be 0 at the 95 % level, by the method of batch means, as neighbouring steps have like differences, or smaller than
-that of one of torch's own runs. Every attention call
-must have taken the way its run is named by: counted by ``fa_sdpa.stats()`` and, forward and backward, by the kernels
-that a profiler sees in one step. Exit status 1 if not, or if the loss did not fall.
+that of one of torch's own runs. Every attention call must have taken the way its run is named by: counted by
+``fa_sdpa.stats()`` and, forward and backward, by the kernels that a profiler sees in one step. Exit status 1 if not, or
+if the loss did not fall.
 
 Speed: tokens over the seconds of all steps, after warm-up steps from other weights that are thrown away. Peak memory is
 torch.cuda.max_memory_allocated of the timed steps, model and optimizer included.

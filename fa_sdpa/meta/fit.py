@@ -1,4 +1,4 @@
-"""From measured cells to the rules of a crossover table: five figures for each curve, four of them by least squares."""
+"""From measured cells to the rules of a crossover table: six figures for each curve, five of them by least squares."""
 
 from __future__ import annotations
 
@@ -88,7 +88,6 @@ def rule(
     specs = [cell.spec for cell in cells]
     of_small = [is_small(spec) for spec in specs]
     splits = min(sum(of_small), len(cells) - sum(of_small)) >= MIN_SPLIT
-
     native_host_us = statistics.median(cell.native_host_us for cell in cells)
     fa4_host_us = native_host_us * _host_ratio(cells)
 

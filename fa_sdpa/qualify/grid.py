@@ -36,7 +36,7 @@ QUICK_SIZES = ((1, 512), (1, 2048), (1, 8192), (4, 512), (8, 1024), (32, 512), (
 QUICK_GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048), (16, 1024))
 FULL_SIZES = (
     *((1, s) for s in (128, 256, 512, 1024, 2048, 4096, 16384)),
-    *((b, s) for b, s in ((4, 256), (4, 1024), (16, 128), (16, 1024), (64, 512))),
+    *((4, 256), (4, 1024), (16, 128), (16, 1024), (64, 512)),
 )
 GROUPED_SIZES = ((1, 512), (1, 2048), (1, 8192), (8, 512), (4, 2048))
 DRAWN = 12  # random calls of each kind: what lies between round sizes costs more, on both sides
@@ -59,15 +59,13 @@ def cells(quick: bool) -> list[Cell]:
 def regular(quick: bool) -> list[Cell]:
     """The cells of round sizes, which make pictures."""
     found = [SHOWN, SHOWN._replace(is_causal=True)]
+    sizes, grouped_sizes = (QUICK_SIZES, QUICK_GROUPED_SIZES) if quick else (FULL_SIZES, GROUPED_SIZES)
     for head_dim in HEAD_DIMS[:2] if quick else HEAD_DIMS:
         for is_causal in (False, True):
             heads = 2048 // head_dim
-            found += [
-                _square(b, heads, heads, s, head_dim, is_causal) for b, s in (QUICK_SIZES if quick else FULL_SIZES)
-            ]
+            found += [_square(b, heads, heads, s, head_dim, is_causal) for b, s in sizes]
             if head_dim in (64, 128):
-                sizes = QUICK_GROUPED_SIZES if quick else GROUPED_SIZES
-                found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in sizes]
+                found += [_square(b, 32, 8, s, head_dim, is_causal) for b, s in grouped_sizes]
             if not quick:
                 found.append(Cell(4, heads, heads, 512, 4096, head_dim, head_dim, is_causal))
     if not quick:
