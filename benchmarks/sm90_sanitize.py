@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import os
@@ -282,20 +283,31 @@ def keys(directions: Sequence[str] = DIRECTIONS) -> set[KernelKey]:
 
 
 def bundle_of_every_lane(directions: Sequence[str], directory: Path) -> None:
-    """Write a bundle of the backward kernels, changed in one thing: at the barriers that free a stage every lane of a
-    warp arrives."""
+    """Write a bundle of the backward kernels, changed in one thing: at every mbarrier at which a lane of each warp
+    arrives, every lane does."""
+    import types
+
+    import cutlass.cute as cute
     from cutlass import Boolean
 
     from fa_sdpa.kernels.compile import write_bundle
+    from fa_sdpa.kernels.sm90 import backward_order
     from fa_sdpa.kernels.sm90.backward import Backward
 
-    by_warps = Backward._pipeline
+    init, by_warps = cute.arch.mbarrier_init, Backward._pipeline
+
+    def init_for_lanes(mbarrier: Any, count: Any, **where: Any) -> None:
+        init(mbarrier, count if count == 1 else 32 * count, **where)  # 1: a producer, not the warps that it waits for
 
     def by_lanes(self: Backward, barriers: Any, stages: int, num_bytes: int, warps: int) -> Any:
-        made = by_warps(self, barriers, stages, num_bytes, 32 * warps)
+        made = by_warps(self, barriers, stages, num_bytes, warps)
         return dataclasses.replace(made, is_signaling_thread=Boolean(True))
 
+    cute.arch.mbarrier_init = init_for_lanes
     Backward._pipeline = by_lanes  # type: ignore[method-assign]
+    Backward._arrive = lambda self, mbarrier: cute.arch.mbarrier_arrive(mbarrier)  # type: ignore[method-assign]
+    arch = types.SimpleNamespace(**{**vars(cute.arch), "elect_one": contextlib.nullcontext})  # for get_unit alone
+    backward_order.cute = types.SimpleNamespace(**{**vars(cute), "arch": arch})
     write_bundle(sorted(keys(directions), key=lambda key: key.name), directory)
 
 
