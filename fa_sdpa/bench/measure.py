@@ -35,6 +35,7 @@ def measure(
     modes: Sequence[str] = MODES,
     rounds: int = ROUNDS,
     ceilings: dict[str, float] | None = None,
+    patience_ms: float = 0.0,
     profile: bool = True,
     say: Say = lambda name: None,
 ) -> list[Row]:
@@ -44,16 +45,17 @@ def measure(
         modes: of timing.MODES.
         rounds: how often each contender's turn comes; what is below timing.ROUNDS is quick and rough.
         ceilings: what ``timing.ceilings`` gave.
+        patience_ms: see timing.measure.
         profile: find the kernel that torch's choice runs; it costs some 0.1 s.
         say: hears who comes next, so that one who listens in another process knows whom to blame.
     """
     if device == "cuda":
         with torch.cuda.stream(torch.cuda.Stream()):  # one that can be captured, for forward and backward alike
-            rows = _measure(cell, direction, contenders, device, modes, rounds, profile, say)
+            rows = _measure(cell, direction, contenders, device, modes, rounds, patience_ms, profile, say)
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
     else:
-        rows = _measure(cell, direction, contenders, device, modes, rounds, profile, say)
+        rows = _measure(cell, direction, contenders, device, modes, rounds, patience_ms, profile, say)
     for row in rows:
         _add_rates(row, cell, direction, ceilings or {})
     add_ratios(rows)
@@ -67,6 +69,7 @@ def _measure(
     device: str,
     modes: Sequence[str],
     rounds: int,
+    patience_ms: float,
     profile: bool,
     say: Say,
 ) -> list[Row]:
@@ -101,7 +104,7 @@ def _measure(
             row["reason"] = brief(error)
     say("timing")
     try:
-        taken = timing.measure(ready, device, modes, rounds)
+        taken = timing.measure(ready, device, modes, rounds, patience_ms)
     except RuntimeError as error:  # no memory, most likely
         for name in ready:
             rows[name]["reason"] = f"while it was timed: {brief(error)}"

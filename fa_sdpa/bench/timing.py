@@ -75,9 +75,17 @@ def in_rounds(
 
 
 def measure(
-    prepared: Mapping[str, Prepared], device: str, modes: Sequence[str] = MODES, rounds: int = ROUNDS
+    prepared: Mapping[str, Prepared],
+    device: str,
+    modes: Sequence[str] = MODES,
+    rounds: int = ROUNDS,
+    patience_ms: float = 0.0,
 ) -> dict[str, Times]:
-    """The times of each contender. On CUDA, to be called on the stream on which the runs were prepared."""
+    """The times of each contender. On CUDA, to be called on the stream on which the runs were prepared.
+
+    ``patience_ms``: how long eager mode may take in all, in more rounds, where the host sets the pace of a contender: a
+    host that others share is now busy, now not.
+    """
     names = list(prepared)
     calls = {name: _calls(prepared[name], device) for name in names}
     whole = rounds >= ROUNDS
@@ -88,8 +96,7 @@ def measure(
             known = [value for value in values if value is not None]
             parts[name][column] = statistics.median(known) if known else None
 
-    if "eager" in modes or device != "cuda":
-        add("eager_ms", in_rounds(names, lambda n: _eager_ms(prepared[n], calls[n], device), rounds, whole=whole))
+    eager_rounds = rounds
     if device == "cuda":
         host_us: dict[str, float] = {}  # of each one's last turn
 
@@ -101,6 +108,10 @@ def measure(
         both = in_rounds(names, on_device, rounds, whole=whole)
         add("gpu_ms", {name: [pair[0] for pair in pairs] for name, pairs in both.items()})
         add("host_us", {name: [pair[1] for pair in pairs] for name, pairs in both.items()})
+        if any(found["gpu_ms"] is None or found["host_us"] > 1e3 * found["gpu_ms"] for found in parts.values()):
+            eager_rounds = max(rounds, round(patience_ms / (TURN_MS * len(names))))
+    if "eager" in modes or device != "cuda":
+        add("eager_ms", in_rounds(names, lambda n: _eager_ms(prepared[n], calls[n], device), eager_rounds, whole=whole))
     if "graph" in modes and device == "cuda":
         graphs = {}
         for name in names:
