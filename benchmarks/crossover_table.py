@@ -14,7 +14,6 @@ thresholds by the masks of sm90_masks.py, boolean or floating: the one we do wor
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import sys
@@ -28,7 +27,8 @@ from sm90_masks import MASKS
 from fa_sdpa import kernels
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.meta import fit
-from fa_sdpa.meta.crossover import Crossover, Direction, Mask, Rule, to_json
+from fa_sdpa.meta.crossover import Crossover, Cuts, Direction, Mask, Rule, to_json
+from fa_sdpa.meta.spec import AttentionSpec
 from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
@@ -85,10 +85,15 @@ def kind_of(cell: fit.Timed) -> Kind:
 
 def models() -> list[Rule]:
     """A rule for each kind that was measured enough: by ``qualify`` if that did."""
-    is_small = functools.partial(kernels.takes_small_tile, target=H100, num_sms=NUM_SMS)
-    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, is_small)
+    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, cuts)
     there = {kind_of_rule(rule) for rule in found}
-    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, is_small)
+    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, cuts)
+
+
+def cuts(spec: AttentionSpec) -> Cuts:
+    found = kernels.cuts(spec, H100, NUM_SMS)
+    assert found is not None
+    return found
 
 
 def kind_of_rule(rule: Rule) -> Kind:

@@ -11,7 +11,7 @@ import torch
 from . import kernels, tables
 from .kernels import quarantine
 from .kernels.jit import Jit
-from .meta.crossover import Crossover, Direction, Mask, Rule, rows_of
+from .meta.crossover import Crossover, Cuts, Direction, Mask, Rule, rows_of
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 
@@ -92,11 +92,10 @@ _ALWAYS = Reason("policy_always", "the policy is 'always' and a kernel runs this
 def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool) -> tuple[bool, tuple[Reason, ...]]:
     """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
-    grouped = bool(spec.num_heads != spec.num_heads_kv)
     mask: Mask = spec.mask if spec.mask in ("none", "bool") else "float"
     found, refused = policy.tables(target)
     for table in found:
-        rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, grouped, mask)
+        rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, mask)
         if rule is None:
             continue
         if rule.fa4 is None:
@@ -122,8 +121,7 @@ def _symbolic(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int) -> 
     for name, size in sizes.items():
         if isinstance(size, torch.SymInt):
             sizes[name] = _power_of_two_below(size)
-    is_small = functools.partial(kernels.takes_small_tile, target=target, num_sms=num_sms)
-    threshold = rule.shortest(spec._replace(**sizes), num_sms, is_small)
+    threshold = rule.shortest(spec._replace(**sizes), num_sms, functools.partial(_cuts, target=target, num_sms=num_sms))
     if threshold is None:
         return False, Reason("below_crossover", "fa4 is not predicted to be faster at every length from one on")
     return _by_length(spec, threshold)
@@ -141,7 +139,7 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
             return False, Reason("below_crossover", f"{name} {size} is below {least}, the least that was measured")
-    times = rule.predict(spec, num_sms, kernels.takes_small_tile(spec, target, num_sms))
+    times = rule.predict(spec, num_sms, _cuts(spec, target, num_sms))
     assert times is not None, "a rule with a model"
     text = (
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
@@ -151,6 +149,12 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
         text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
     faster = rule.takes(times)
     return faster, Reason("above_crossover" if faster else "below_crossover", text)
+
+
+def _cuts(spec: AttentionSpec, target: Target, num_sms: int) -> Cuts:
+    found = kernels.cuts(spec, target, num_sms)
+    assert found is not None, "a table with models is of an arch with kernels"
+    return found
 
 
 def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_table: bool) -> Reason:

@@ -380,7 +380,7 @@ def test_tile_of_a_call(call, tile):
 @pytest.mark.parametrize(
     "flags", [{}, {"is_causal": True}, {"window": True}, {"mask": "bool"}, {"sink": True}], ids=str
 )
-def test_small_tiles_are_those_that_a_launch_takes(flags):
+def test_a_call_is_cut_as_its_launch_does(flags):
     for batch, heads, heads_kv, seqlen in (
         (1, 16, 16, 512),
         (1, 16, 16, 4096),
@@ -389,8 +389,15 @@ def test_small_tiles_are_those_that_a_launch_takes(flags):
         (2, 16, 4, 700),
     ):
         call = spec(batch=batch, num_heads=heads, num_heads_kv=heads_kv, seqlen_q=seqlen, seqlen_k=4096, **flags)
-        names = [key.name for key in launch.keys(call, H100) if key.direction == "forward"]
-        assert kernels.takes_small_tile(call, H100, 132) == all("_m64_" in name for name in names), names
+        found = kernels.cuts(call, H100, 132)
+        [key] = [key for key in launch.keys(call, H100) if key.direction == "forward"]
+        assert found.forward[:2] == (key.tile_m, key.tile_n) and (found.forward.parts > 1) == key.split
+        packs = heads > heads_kv and seqlen == 1 and flags.keys() <= {"mask"}
+        assert found.forward.heads == (heads_kv if packs else heads)
+        if "mask" not in flags:
+            keys = launch.keys(call._replace(needs_grad=True), H100)
+            [key] = [key for key in keys if key.direction == "backward"]
+            assert found.backward[:2] == (key.tile_n, key.tile_m) and found.backward.heads % heads_kv == 0
 
 
 @pytest.mark.parametrize(

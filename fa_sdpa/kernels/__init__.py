@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from ..meta.crossover import Cuts
 from ..meta.spec import AttentionSpec, Reason
 from ..meta.target import Target
 
@@ -30,10 +31,11 @@ def unsupported(spec: AttentionSpec, target: Target) -> tuple[Reason, ...]:
     return (*target.missing, *config.unsupported(spec, target))
 
 
-def takes_small_tile(spec: AttentionSpec, target: Target, num_sms: int) -> bool:
-    """Whether a forward alone, of known sizes, runs with the smallest tile of its family on so many SMs, which a model
-    of its time has to know."""
+def cuts(spec: AttentionSpec, target: Target, num_sms: int) -> Cuts | None:
+    """How the kernels of a family cut a call of known sizes into tiles on so many SMs, which a model of its time has to
+    know; None on a CPU and where there are none."""
     family = family_of(target)
-    if family is None or family == "cpu" or spec.needs_grad:
-        return False
-    return bool(import_module(f"{__name__}.{family}.config").takes_small_tile(spec, num_sms))
+    if family is None or family == "cpu":
+        return None
+    found: Cuts = import_module(f"{__name__}.{family}.config").cuts(spec, num_sms)
+    return found

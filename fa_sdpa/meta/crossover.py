@@ -2,37 +2,29 @@
 
 A table is a JSON file in this package's ``tables/`` folder, or one of the user's, which ``qualify`` writes::
 
-    {"schema": 4, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
+    {"schema": 5, "arch": 90, "device": null, "kernels": null, "num_sms": 132,
      "provenance": {"source": …, "date": …},
      "rules": [
-       {"direction": "forward", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true, "grouped": null,
-        "fa4":    {"host_us": 25.0, "launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0, "rows": 128, "keys": 128,
-                   "waves": "even", "backward": "by queries", "gbs": 4100.0, "ragged": 0.0},
-        "small":  null,
-        "native": {"host_us": 16.0, "launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, "rows": 128, "keys": 64,
-                   "waves": "last", "backward": "by queries", "gbs": null, "ragged": 0.1},
-        "error": 0.03, "margin": 0.04, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 4.7, 7.0], …]},
-       {"direction": "training", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
+       {"direction": "training", "head_dim": [64, 64], "head_dim_v": [64, 64], "is_causal": true,
+        "fa4":    {"host_us": 200.0, "forward": {"0": {"launch_us": 3.1, "tile_us": 1.2, "tflops": 610.0}, "192": …},
+                   "backward": {"launch_us": 20.0, "tile_us": 2.1, "tflops": 500.0, "gbs": 4100.0}},
+        "native": {"host_us": 190.0, "forward": {"0": {"launch_us": 5.0, "tile_us": 1.9, "tflops": 450.0, …}},
+                   "backward": {…, "row_gbs": 3000.0, "grouped_us": 7.0, "grouped_gbs": 2000.0}},
+        "error": 0.06, "margin": 0.11, "least": [128, 128, 2048], "measured": [[1, 16, 16, 128, 128, 30.7, 37.0], …]},
+       {"direction": "forward", "head_dim": [8, 64], "is_causal": false, "min_seqlen": [[1, 2048], [8, 1024]]}]}
 
-A rule speaks for the calls of its direction, head dims (closed ranges; head_dim_v as head_dim where it is not given),
-causality and grouping (whether several query heads share one of key/value; null: either), with the ``mask`` "bool" or
-"float", or without one where it says nothing of that. The first one that fits a call decides, by a model of time or by
-thresholds:
+A rule speaks for the calls of its direction, head dims (closed ranges; head_dim_v as head_dim where it is not given)
+and causality, with the ``mask`` "bool" or "float", or without one where it says nothing of that. The first one that
+fits a call decides, by a model of time or by thresholds:
 
-- **fa4, native**: each side's time by a few figures. A tile is ``rows`` query rows of a head, and takes its keys by
-  ``keys`` at a time; ``waves`` are tiles over SMs, at least 1, and go "even" (any fraction), "whole" (rounded up) or
-  "last" (likewise, and in a causal call the longest tiles run last). On the device a call takes launch_us + waves ·
-  tile_us + flops / tflops + bytes / gbs, where the flops are those of whole tiles, and a causal call takes at least as
-  long as its longest tile; the bytes are those of query, key, value and the like, and null is no time for them. The
-  flops take ``ragged`` longer, as a share, where the keys are more than 128 and no
-  multiple of it. A
-  ``backward`` that is cut "by keys" has its flops in tiles of ``rows`` keys of a key/value head, and takes the query
-  rows by ``keys`` at a time. ``small``, if not null, is fa4's curve for calls that its kernels serve with their
-  smallest tile (``kernels.takes_small_tile``). In eager mode a call takes that or host_us, whichever is longer. fa4 is
-  taken where it is predicted to be faster by ``margin`` on the device, and no slower in eager mode. ``error`` is the
-  standard deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of key
-  and of query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures were
-  fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
+- **fa4, native**: each side's time, of a forward and, in training, of its backward besides. How a call is cut into
+  tiles decides what there is to do (`load`): fa4's as its kernels do it (``kernels.cuts``), torch's as if it always did
+  so in one way (`torch_cuts`). What that takes is said by a few figures, a Curve; fa4's forward has one for each tile,
+  by its query rows, and under "0" one for any other. In eager mode a call takes that or host_us, whichever is longer.
+  fa4 is taken where it is predicted to be faster by ``margin`` on the device, and no slower in eager mode. ``error`` is
+  the standard deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of
+  key and of query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures
+  were fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
 - **min_seqlen**: (batch, seqlen) pairs in rising order of batch; the last one whose batch the call reaches gives the
   length from which both of the call's sequences must be on.
 
@@ -44,46 +36,107 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from .spec import AttentionSpec
 
-SCHEMA = 4
+SCHEMA = 5
 Direction = Literal["forward", "training"]
-ROWS = (64, 128, 192)  # of a tile, that are tried
-KEYS = (1, 64, 128)  # at a time, likewise
+Pass = Literal["forward", "backward"]
 WHOLE = 128  # keys, of whose multiples a length is not ragged
 Mask = Literal["none", "bool", "float"]
-Waves = Literal["even", "whole", "last"]
-Backward = Literal["by queries", "by keys"]
-FORWARDS = {"forward": 1.0, "training": 3.5}  # flops, in those of a forward
+BACKWARD = 2.5  # flops, in those of a forward
 LONGEST = 1 << 17  # no threshold is looked for beyond
-IsSmall = Callable[[AttentionSpec], bool]  # whether fa4's kernels serve a call with their smallest tile
+MOST_GBS = 1e5  # what is faster takes no time
+
+
+class Cut(NamedTuple):
+    """How one pass over a call is cut into tiles, each a CTA's work at a time."""
+
+    rows: int  # of a tile: query rows, in a backward keys
+    block: int  # what it takes at a time: keys, in a backward query rows
+    heads: int  # that have tiles of their own
+    parts: int = 1  # tiles that share the blocks of one
+    longest_last: bool = False  # whether the longest tiles run in the last wave
+
+
+class Cuts(NamedTuple):
+    """How one side cuts a call."""
+
+    forward: Cut
+    backward: Cut
+
+
+CutsOf = Callable[[AttentionSpec], Cuts]
+
+
+class Load(NamedTuple):
+    """What one pass over a call has to do. Times in µs are linear in it: see Curve."""
+
+    launches: float  # 1
+    waves: float  # tiles over SMs, rounded up
+    mflops: float  # that all SMs could make in the time that the waves take them
+    kilobytes: float  # of query, key, value and out
+    ragged_mflops: float  # the same as above if the keys are some blocks of 128 and a part of one, else 0
+    row_kilobytes: float  # of query and out, in a backward in whole blocks of rows
+    grouped: float  # 1 if several query heads share a key/value head, else 0
+    grouped_kilobytes: float  # then, of keys and values if each query head had its own
 
 
 class Curve(NamedTuple):
-    """One side's time, see above."""
+    """Figures of one side's pass; None is no time for that."""
+
+    launch_us: float
+    tile_us: float  # of a wave of tiles, beside its flops
+    tflops: float
+    gbs: float | None = None  # of kilobytes
+    ragged: float = 0.0  # how much longer flops take there, as a share
+    row_gbs: float | None = None
+    grouped_us: float = 0.0
+    grouped_gbs: float | None = None
+
+    @classmethod
+    def of(cls, costs: Sequence[float]) -> Curve:
+        """From what `costs` gives; rounded as figures are written."""
+        launch, tile, per_mflop, per_kb, per_ragged, per_row_kb, grouped, per_grouped_kb = costs
+        gbs, row_gbs, grouped_gbs = (
+            round(1.0 / cost, 1) if cost * MOST_GBS > 1.0 else None for cost in (per_kb, per_row_kb, per_grouped_kb)
+        )
+        tflops, ragged = round(1.0 / per_mflop, 1), round(per_ragged / per_mflop, 4)
+        return cls(round(launch, 3), round(tile, 4), tflops, gbs, ragged, row_gbs, round(grouped, 3), grouped_gbs)
+
+    def costs(self) -> tuple[float, ...]:
+        """µs for one of each that a Load has."""
+        rates = self.gbs, self.row_gbs, self.grouped_gbs
+        per_kb, per_row_kb, per_grouped_kb = (1.0 / gbs if gbs else 0.0 for gbs in rates)
+        per_mflop = 1.0 / self.tflops
+        rest = (self.ragged * per_mflop, per_row_kb, self.grouped_us, per_grouped_kb)
+        return self.launch_us, self.tile_us, per_mflop, per_kb, *rest
+
+    def device_us(self, load: Load) -> float:
+        """What that takes on the device."""
+        return math.fsum(map(operator.mul, self.costs(), load))
+
+
+class Side(NamedTuple):
+    """fa4's or torch's time."""
 
     host_us: float
-    launch_us: float
-    tile_us: float
-    tflops: float
-    rows: int = 128
-    keys: int = 1
-    waves: Waves = "even"
-    backward: Backward = "by queries"
-    gbs: float | None = None
-    ragged: float = 0.0
+    forward: tuple[tuple[int, Curve], ...]  # by query rows of a tile; 0: any other
+    backward: Curve | None = None
 
-    def device_us(self, spec: AttentionSpec, direction: Direction, num_sms: int) -> float:
+    def device_us(self, spec: AttentionSpec, direction: Direction, cuts: Cuts, num_sms: int) -> float:
         """What a call takes on the device."""
-        waves, flops = work(spec, direction, num_sms, self.rows, self.keys, self.waves, self.backward)
-        memory = num_bytes(spec, direction) / (self.gbs * 1e3) if self.gbs else 0.0
-        math_us = flops / (self.tflops * 1e6) * (1.0 + self.ragged * is_ragged(spec))
-        return self.launch_us + waves * self.tile_us + math_us + memory
+        curves = dict(self.forward)
+        curve = curves.get(cuts.forward.rows) or curves[0]
+        forward_us = curve.device_us(load(spec, "forward", cuts.forward, num_sms))
+        if direction == "forward" or self.backward is None:
+            return forward_us
+        return forward_us + self.backward.device_us(load(spec, "backward", cuts.backward, num_sms))
 
 
 class Prediction(NamedTuple):
@@ -128,19 +181,15 @@ class Rule(NamedTuple):
     is_causal: bool
     min_seqlen: tuple[tuple[int, int], ...] = ()  # (batch, seqlen), batches rising
     head_dim_v: tuple[int, int] | None = None  # None: as head_dim
-    grouped: bool | None = None
-    fa4: Curve | None = None
-    small: Curve | None = None  # fa4's of small tiles
-    native: Curve | None = None
+    fa4: Side | None = None
+    native: Side | None = None
     error: float = 0.0
     margin: float = 0.0
     least: tuple[int, int, int] = (1, 1, 1)  # seqlen_q, seqlen_k, batch · heads · seqlen_q
     measured: tuple[Measured, ...] = ()
     mask: Mask = "none"
 
-    def covers(
-        self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, grouped: bool, mask: Mask
-    ) -> bool:
+    def covers(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, mask: Mask) -> bool:
         low, high = self.head_dim
         low_v, high_v = self.head_dim_v or self.head_dim
         return (
@@ -148,18 +197,16 @@ class Rule(NamedTuple):
             and self.is_causal == is_causal
             and low <= head_dim <= high
             and low_v <= head_dim_v <= high_v
-            and self.grouped in (None, grouped)
             and self.mask == mask
         )
 
-    def predict(self, spec: AttentionSpec, num_sms: int, is_small: bool = False) -> Prediction | None:
-        """The times of a call whose sizes are known, by a small tile or not; None for a rule of thresholds."""
+    def predict(self, spec: AttentionSpec, num_sms: int, cuts: Cuts) -> Prediction | None:
+        """The times of a call whose sizes are known, which fa4 cuts like that; None for a rule of thresholds."""
         if self.fa4 is None or self.native is None:
             return None
-        curve = self.small if is_small and self.small else self.fa4
-        fa4 = curve.device_us(spec, self.direction, num_sms)
-        native = self.native.device_us(spec, self.direction, num_sms)
-        return Prediction(fa4, native, max(fa4, curve.host_us), max(native, self.native.host_us))
+        fa4 = self.fa4.device_us(spec, self.direction, cuts, num_sms)
+        native = self.native.device_us(spec, self.direction, torch_cuts(spec), num_sms)
+        return Prediction(fa4, native, max(fa4, self.fa4.host_us), max(native, self.native.host_us))
 
     def takes(self, prediction: Prediction) -> bool:
         """Whether fa4 is to run a call with these times."""
@@ -173,13 +220,13 @@ class Rule(NamedTuple):
                 seqlen = length
         return seqlen
 
-    def shortest(self, spec: AttentionSpec, num_sms: int, is_small: IsSmall = lambda spec: False) -> int | None:
+    def shortest(self, spec: AttentionSpec, num_sms: int, cuts_of: CutsOf) -> int | None:
         """The length from which on self-attention like ``spec`` is predicted to be faster at every length; None if
-        there is none. ``is_small``: see predict."""
+        there is none. ``cuts_of``: how fa4 cuts a call."""
         found, seqlen = None, LONGEST
         while seqlen >= max(self.least[:2]) and spec.batch * spec.num_heads * seqlen >= self.least[2]:
             asked = spec._replace(seqlen_q=seqlen, seqlen_k=seqlen)
-            prediction = self.predict(asked, num_sms, is_small(asked))
+            prediction = self.predict(asked, num_sms, cuts_of(asked))
             if prediction is None or not self.takes(prediction):
                 break
             found, seqlen = seqlen, seqlen * 7 // 8 if seqlen > 256 else seqlen - 16
@@ -205,45 +252,51 @@ def is_ragged(spec: AttentionSpec) -> bool:
     return spec.seqlen_k > WHOLE and spec.seqlen_k % WHOLE != 0
 
 
-def num_bytes(spec: AttentionSpec, direction: Direction) -> float:
-    """Bytes of query, key, value and out, in training of what the backward reads and writes of their kind as well."""
-    of_queries = spec.batch * spec.num_heads * spec.seqlen_q
-    of_keys = spec.batch * spec.num_heads_kv * spec.seqlen_k
-    return 2 * (of_queries + of_keys) * (spec.head_dim + spec.head_dim_v) * FORWARDS[direction]
+def torch_cuts(spec: AttentionSpec) -> Cuts:
+    """How torch cuts a call; of the cuts that were tried, its measured times are nearest to what these make of them."""
+    heads = spec.num_heads
+    return Cuts(Cut(128, 128, heads, longest_last=True), Cut(64, 128, heads, longest_last=True))
 
 
-def work(
-    spec: AttentionSpec, direction: Direction, num_sms: int, rows: int, keys: int, kind: Waves, backward: Backward
-) -> tuple[float, float]:
-    """(waves, flops) of a call as Curve's formula has them: the flops are what all SMs could make in the time that the
-    tiles take them, those that idle while the last tiles run included."""
-    q, k, group = spec.seqlen_q, spec.seqlen_k, spec.num_heads / spec.num_heads_kv
-    per_pair = 2 * (spec.head_dim + spec.head_dim_v) * num_sms * rows
-    waves = _waves(spec.batch * spec.num_heads * -(-q // rows), num_sms, kind)
-    if spec.is_causal:
-        seen = [-(-min(last, q, k) // keys) * keys for last in range(rows, q + rows, rows)]
+def load(spec: AttentionSpec, of: Pass, cut: Cut, num_sms: int) -> Load:
+    """What a pass over a call has to do, cut like that."""
+    q, k, heads, heads_kv = spec.seqlen_q, spec.seqlen_k, spec.num_heads, spec.num_heads_kv
+    if of == "forward":
+        visited = _blocks_of_queries(q, k, cut, spec.is_causal)
+        factor, pairs_of = 1.0, 1.0
     else:
-        seen = [-(-k // keys) * keys]
-    in_queries = _busy(waves, math.fsum(seen) / len(seen), max(seen), kind) * per_pair
-    if direction == "forward" or backward == "by queries":
-        return waves, in_queries * FORWARDS[direction]
-    of_keys = _waves(spec.batch * spec.num_heads_kv * -(-k // rows), num_sms, kind)
-    whole = -(-q // keys) * keys
-    seeing = [whole]
-    if spec.is_causal:
-        seeing = [whole - first // keys * keys if first < q else 0 for first in range(0, k, rows)]
-    in_keys = _busy(of_keys, math.fsum(seeing) / len(seeing), max(seeing), kind) * group * per_pair
-    return waves, in_queries + (FORWARDS[direction] - 1.0) * in_keys
+        visited = _blocks_of_keys(q, k, cut, spec.is_causal)
+        factor, pairs_of = BACKWARD, heads / cut.heads  # a tile of keys sees the rows of a group of heads
+    waves = -(-spec.batch * cut.heads * cut.parts * len(visited) // num_sms)
+    mean, longest = math.fsum(visited) / len(visited), max(visited)
+    blocks = (waves - 1) * mean + longest if cut.longest_last else max(waves * mean, longest)
+    width = spec.head_dim + spec.head_dim_v
+    mflops = factor * pairs_of * blocks * 2 * width * cut.rows * cut.block * num_sms / 1e6
+    kb = 2 * width * spec.batch / 1e3  # of one row of 16-bit numbers of each tensor
+    grouped = float(heads != heads_kv)
+    return Load(
+        1.0,
+        float(waves),
+        mflops,
+        kb * (heads * q + heads_kv * k),
+        mflops * is_ragged(spec),
+        kb * heads * (q if of == "forward" else -(-q // cut.block) * cut.block),
+        grouped,
+        grouped * kb * heads * k,
+    )
 
 
-def _waves(tiles: int, num_sms: int, kind: Waves) -> float:
-    waves = max(tiles / num_sms, 1.0)
-    return waves if kind == "even" else math.ceil(waves)
+def _blocks_of_queries(q: int, k: int, cut: Cut, is_causal: bool) -> list[int]:
+    """Blocks of keys that each tile of a head's query rows visits."""
+    ends = [min(last, q, k) if is_causal else k for last in range(cut.rows, q + cut.rows, cut.rows)]
+    return [-(-end // (cut.block * cut.parts)) for end in ends]
 
 
-def _busy(waves: float, mean: float, longest: float, kind: Waves) -> float:
-    """What an SM has to do, of whose tiles one has ``mean`` on average."""
-    return (waves - 1) * mean + longest if kind == "last" else max(waves * mean, longest)
+def _blocks_of_keys(q: int, k: int, cut: Cut, is_causal: bool) -> list[int]:
+    """Blocks of query rows that each tile of a head's keys visits."""
+    whole = -(-q // cut.block)
+    firsts = range(0, k, cut.rows)
+    return [(whole - first // cut.block if first < q else 0) if is_causal else whole for first in firsts]
 
 
 class Crossover(NamedTuple):
@@ -262,11 +315,10 @@ class Crossover(NamedTuple):
         head_dim: int,
         head_dim_v: int,
         is_causal: bool,
-        grouped: bool = False,
         mask: Mask = "none",
     ) -> Rule | None:
         for rule in self.rules:
-            if rule.covers(direction, head_dim, head_dim_v, is_causal, grouped, mask):
+            if rule.covers(direction, head_dim, head_dim_v, is_causal, mask):
                 return rule
         return None
 
@@ -296,29 +348,21 @@ class Crossover(NamedTuple):
 def _rule(entry: dict[str, Any]) -> Rule:
     """A rule from JSON; ValueError if it says nothing or contradicts itself."""
     steps = tuple((int(batch), int(seqlen)) for batch, seqlen in entry.get("min_seqlen", ()))
-    fa4, small, native = (_curve(**entry[side]) if entry.get(side) else None for side in ("fa4", "small", "native"))
+    fa4, native = (_side(**entry[name]) if entry.get(name) else None for name in ("fa4", "native"))
     thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
-    rates = all(
-        curve.tflops > 0
-        and min(curve[:4]) >= 0
-        and min(curve.rows, curve.keys) > 0
-        and (curve.gbs is None or curve.gbs > 0)
-        for curve in (fa4, small, native)
-        if curve
-    )
     is_model = fa4 is not None and native is not None
+    passes = entry["direction"] == "forward" or all(side.backward for side in (fa4, native) if side)
     mask = entry.get("mask", "none")
     if (
         mask not in get_args(Mask)
-        or entry["direction"] not in FORWARDS
+        or entry["direction"] not in get_args(Direction)
         or bool(steps) == is_model
         or not thresholds_rise
-        or not rates
+        or not passes
     ):
         raise ValueError(f"bad rule {dict(entry, measured=...)}")
     low, high = entry["head_dim"]
     v = entry.get("head_dim_v")
-    grouped = entry.get("grouped")
     least_q, least_k, least_rows = entry.get("least", (1, 1, 1))
     return Rule(
         entry["direction"],
@@ -326,9 +370,7 @@ def _rule(entry: dict[str, Any]) -> Rule:
         bool(entry["is_causal"]),
         steps,
         None if v is None else (int(v[0]), int(v[1])),
-        None if grouped is None else bool(grouped),
         fa4,
-        small,
         native,
         error=float(entry.get("error", 0.0)),
         margin=float(entry.get("margin", 0.0)),
@@ -338,13 +380,19 @@ def _rule(entry: dict[str, Any]) -> Rule:
     )
 
 
-def _curve(rows: int, keys: int, waves: Waves, backward: Backward, gbs: float | None, **figures: float) -> Curve:
-    for name, value, known in (("waves", waves, get_args(Waves)), ("backward", backward, get_args(Backward))):
-        if value not in known:
-            raise ValueError(f"{name} {value!r}, not one of {', '.join(known)}")
-    known_figures = {name: float(value) for name, value in figures.items()}
-    rate = None if gbs is None else float(gbs)
-    return Curve(**known_figures, gbs=rate, rows=int(rows), keys=int(keys), waves=waves, backward=backward)
+def _side(host_us: float, forward: dict[str, Any], backward: dict[str, Any] | None = None) -> Side:
+    curves = tuple((int(rows), _curve(**figures)) for rows, figures in forward.items())
+    if 0 not in dict(curves) or host_us < 0:
+        raise ValueError(f"no curve for any tile, or {host_us=}")
+    return Side(float(host_us), curves, _curve(**backward) if backward else None)
+
+
+def _curve(**figures: float) -> Curve:
+    curve = Curve(**{name: float(value) for name, value in figures.items()})
+    rates = (curve.gbs, curve.row_gbs, curve.grouped_gbs)
+    if curve.tflops <= 0 or min(curve.costs()) < 0 or any(rate is not None and rate <= 0 for rate in rates):
+        raise ValueError(f"bad figures {figures}")
+    return curve
 
 
 def to_json(table: Crossover, provenance: dict[str, Any]) -> str:
@@ -357,13 +405,25 @@ def to_json(table: Crossover, provenance: dict[str, Any]) -> str:
 
 def _entry(rule: Rule) -> dict[str, Any]:
     entry: dict[str, Any] = {name: getattr(rule, name) for name in ("direction", "head_dim", "head_dim_v")}
-    entry |= {"is_causal": rule.is_causal, "grouped": rule.grouped}
+    entry["is_causal"] = rule.is_causal
     if rule.mask != "none":
         entry["mask"] = rule.mask
     if rule.fa4 is None or rule.native is None:
         return entry | {"min_seqlen": rule.min_seqlen}
-    entry |= {"fa4": rule.fa4._asdict(), "small": rule.small and rule.small._asdict(), "native": rule.native._asdict()}
+    entry |= {"fa4": _entry_of_side(rule.fa4), "native": _entry_of_side(rule.native)}
     return entry | {name: getattr(rule, name) for name in ("error", "margin", "least", "measured")}
+
+
+def _entry_of_side(side: Side) -> dict[str, Any]:
+    forward = {str(rows): _entry_of_curve(curve) for rows, curve in side.forward}
+    backward = {"backward": _entry_of_curve(side.backward)} if side.backward else {}
+    return {"host_us": side.host_us, "forward": forward, **backward}
+
+
+def _entry_of_curve(curve: Curve) -> dict[str, float]:
+    """The figures that are not what they are where nothing is said of them."""
+    defaults = Curve._field_defaults
+    return {name: value for name, value in curve._asdict().items() if name not in defaults or value != defaults[name]}
 
 
 @functools.cache

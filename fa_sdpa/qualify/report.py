@@ -14,6 +14,16 @@ from . import grid
 from .run import Findings
 
 NONE = "none"
+FIGURES = {  # of a Curve, as columns
+    "launch_us": "launch µs",
+    "tile_us": "µs a wave",
+    "tflops": "TFLOP/s",
+    "ragged": "ragged",
+    "gbs": "GB/s",
+    "row_gbs": "GB/s of rows",
+    "grouped_us": "grouped µs",
+    "grouped_gbs": "GB/s grouped",
+}
 
 
 def write(findings: Findings, out: Path, kept: list[Path]) -> list[Path]:
@@ -122,22 +132,26 @@ def _crossover(rules: list[Rule]) -> list[str]:
     if not rules:
         return ["Too little was timed for a table."]
     lines = [
-        "Launch, wave and rate of fa4 / of torch; `fa_sdpa/meta/crossover.py` says how they make a time.",
+        "Figures of fa4 / of torch; `fa_sdpa/meta/crossover.py` says how they make a time.",
         "",
-        "| direction | head dims | mask | heads | host µs | launch µs | µs a wave | TFLOP/s | GB/s | error | margin |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| direction | head dims | mask | pass | host µs | {' | '.join(FIGURES.values())} | error | margin |",
+        "|" + " --- |" * (7 + len(FIGURES)),
     ]
-    sides = [(rule, rule.fa4, "") for rule in rules] + [(rule, rule.small, ", small tiles") for rule in rules]
-    for rule, fa4, tiles in sides:
-        if fa4 is None or rule.native is None:
+    for rule in rules:
+        if rule.fa4 is None or rule.native is None:
             continue
-        figures = zip((*fa4[:4], fa4.gbs), (*rule.native[:4], rule.native.gbs), strict=True)
-        pairs = (" / ".join(_number(figure, "g") for figure in pair) for pair in figures)
         dim_v = (rule.head_dim_v or rule.head_dim)[0]
         dims = f"{rule.head_dim[0]}" + f"/{dim_v}" * (dim_v != rule.head_dim[0])
-        heads = {None: "any", False: "alike", True: "grouped"}[rule.grouped] + tiles
-        what = (rule.direction, dims, "causal" if rule.is_causal else "full", heads, *pairs)
-        lines.append(f"| {' | '.join(what)} | {rule.error:.1%} | {rule.margin:.1%} |")
+        hosts = f"{rule.fa4.host_us:g} / {rule.native.host_us:g}"
+        about = [rule.direction, dims, "causal" if rule.is_causal else "full"]
+        native = rule.native.forward[0][1]
+        passes = [(f"tiles of {rows}" if rows else "forward", curve, native) for rows, curve in rule.fa4.forward]
+        if rule.direction == "training" and rule.fa4.backward and rule.native.backward:
+            passes = [("backward", rule.fa4.backward, rule.native.backward)]  # the forward's are those of its own rule
+        for name, fa4, torchs in passes:
+            pairs = ((getattr(fa4, figure), getattr(torchs, figure)) for figure in FIGURES)
+            figures = (" / ".join(_number(figure, "g") for figure in pair) for pair in pairs)
+            lines.append(f"| {' | '.join((*about, name, hosts, *figures))} | {rule.error:.1%} | {rule.margin:.1%} |")
     return lines
 
 

@@ -150,13 +150,15 @@ class Run:
             of_all = len(grid.TIMED) * len(self.steps.cells)
             self._notes.append(f"time was up: {self._unreached} of {of_all} cells were not timed; run again to go on")
         timed = grid.timed(rows)
-        rules = fit.rules(timed, self.target.num_sms, self._is_small) if timed else []
+        rules = fit.rules(timed, self.target.num_sms, self._cuts) if timed else []
         return Findings(
             self._about, self._settings.quick, build, checks, ceilings, rows, self._failed, self._notes, rules
         )
 
-    def _is_small(self, spec: AttentionSpec) -> bool:
-        return kernels.takes_small_tile(spec, self.target, self.target.num_sms)
+    def _cuts(self, spec: AttentionSpec) -> crossover.Cuts:
+        found = kernels.cuts(spec, self.target, self.target.num_sms)
+        assert found is not None, "what was timed on a device has kernels there"
+        return found
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if name not in self._journal.done:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ...meta.crossover import Cut, Cuts
 from ...meta.spec import AttentionSpec, MaskKind, Reason, wrong_mask
 from ...meta.target import Target
 from ..key import KernelKey
@@ -425,13 +426,23 @@ def forward_tiling(
     return Tiling(forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
 
 
-def takes_small_tile(spec: AttentionSpec, num_sms: int) -> bool:
-    """Whether a small tile serves the forward of a call."""
+def cuts(spec: AttentionSpec, num_sms: int) -> Cuts:
+    """How a call is cut, see meta/crossover.py; its backward as one that is not deterministic."""
     has_mask = spec.mask != "none"
+    is_masked = spec.window or spec.is_causal or has_mask
     flags = (spec.window or (has_mask and spec.is_causal), spec.softcap > 0.0, spec.sink)
-    dims = spec.head_dim, spec.head_dim_v, spec.is_causal and not has_mask
+    dims = spec.head_dim, spec.head_dim_v
     sizes = spec.batch, spec.num_heads, spec.num_heads_kv, spec.seqlen_q, spec.seqlen_k, num_sms
-    return forward_tiling(*dims, flags, *sizes, has_mask=has_mask).tile in ("small", "split")
+    tile, packs, (rows, keys, sequences, _) = forward_tiling(
+        *dims, spec.is_causal and not has_mask, flags, *sizes, has_mask=has_mask
+    )
+    forward = forward_config(*dims, tile)
+    parts = forward_parts(rows, keys, sequences, num_sms) if tile == "split" else 1
+    heads = spec.num_heads_kv if packs else spec.num_heads
+    backward = backward_config(*dims, flags[1])
+    tiles, blocks = -(-keys // backward.tile_n), -(-spec.seqlen_q // backward.tile_m)
+    summed = backward_heads(spec.num_heads, spec.num_heads_kv, spec.batch * tiles, blocks, is_masked, False, num_sms)
+    return Cuts(Cut(forward.tile_m, forward.tile_n, heads, parts), Cut(backward.tile_n, backward.tile_m, summed))
 
 
 @functools.lru_cache(maxsize=4096)
