@@ -143,11 +143,11 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
     assert times is not None, "a rule with a model"
     text = (
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
-        f"{rule.margin:.2f}; in eager mode {times.ratio_eager:.2f}×"
+        f"{rule.margin_of(spec):.2f}; in eager mode {times.ratio_eager:.2f}×"
     )
     if detail:
         text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
-    faster = rule.takes(times)
+    faster = rule.takes(spec, times)
     return faster, Reason("above_crossover" if faster else "below_crossover", text)
 
 

@@ -408,3 +408,15 @@ def test_a_peer_that_is_not_installed(monkeypatch, capsys):
     assert "flash-attn-4 is left out" in capsys.readouterr().err
     with pytest.raises(ValueError):
         command.available(["flash-attn-4"])
+
+
+def test_a_ratio_is_that_of_turns_side_by_side():
+    """What slows a whole round down does not move it, however few rounds are slow."""
+    slow = [1.0, 1.0, 3.0, 2.0, 1.0, 5.0, 1.0]
+    found = timing.medians({"fa4": [0.8 * x for x in slow], "native": slow, "none": [None] * 7})
+    assert found["fa4"] / found["native"] == pytest.approx(0.8) and found["native"] == pytest.approx(1.0)
+    assert found["none"] is None
+    alone = timing.medians({"fa4": [2.0, None, 4.0, 9.0]})
+    assert alone == {"fa4": 4.0}
+    apart = timing.medians({"fa4": [2.0, None], "native": [None, 3.0]})
+    assert apart == {"fa4": 2.0, "native": 3.0}

@@ -140,12 +140,12 @@ def test_eager_mode_takes_no_less_than_the_host():
     tiny = SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256)
     short = rule.predict(tiny, 132, cuts_of(tiny))
     assert short.fa4_us < 25.0 and short.ratio > 1.02
-    assert (short.fa4_eager_us, short.native_eager_us) == (25.0, 16.0) and not rule.takes(short)
+    assert (short.fa4_eager_us, short.native_eager_us) == (25.0, 16.0) and not rule.takes(tiny, short)
     quick = rule._replace(fa4=FA4._replace(host_us=15.0))
-    assert quick.takes(quick.predict(tiny, 132, cuts_of(tiny)))
+    assert quick.takes(tiny, quick.predict(tiny, 132, cuts_of(tiny)))
     long = rule.predict(SPEC, 132, cuts_of(SPEC))
-    assert long.ratio == long.ratio_eager > 1.05 and rule.takes(long)
-    assert not rule._replace(margin=1.0).takes(long)
+    assert long.ratio == long.ratio_eager > 1.05 and rule.takes(SPEC, long)
+    assert not rule._replace(margin=1.0).takes(SPEC, long)
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------------
@@ -233,6 +233,22 @@ def test_error_and_margin_are_those_of_the_noise():
     few = fit.rules(cells_of(FA4, NATIVE)[:4], 132, cuts_of)[0]  # three figures fit four cells whatever they are
     assert few.error > 0.03
     assert fit.rules(cells_of(FA4, NATIVE)[:3], 132, cuts_of) == []
+
+
+def test_the_margin_grows_with_the_distance_to_what_was_measured():
+    rule = fit.rules(cells_of(FA4, NATIVE, 0.03), 132, cuts_of)[0]
+    near = SPEC._replace(batch=4, num_heads=16, num_heads_kv=16)  # a measured cell
+    assert rule.margin_of(near) == pytest.approx(rule.margin) and rule.margin > 0.03
+    far = [near._replace(seqlen_q=256 // n, seqlen_k=256 // n) for n in (4, 16)]
+    assert rule.margin < rule.margin_of(far[0]) < rule.margin_of(far[1])
+    steps = [crossover.distance(4 * 16 * 256 // n, 256 // n, rule.nearest(far[i], 1)[0]) for i, n in enumerate((4, 16))]
+    assert steps[1] > 2 and rule.margin_of(far[1]) == pytest.approx(
+        (1 + rule.margin) * math.exp(2.33 * rule.error * (math.hypot(1, steps[1]) - 1)) - 1
+    )
+    longer = near._replace(seqlen_q=1 << 16, seqlen_k=1 << 16, batch=64)
+    longest = near._replace(seqlen_q=4096, seqlen_k=4096, batch=16, num_heads=40)
+    assert rule.margin_of(longer) == rule.margin_of(longest) == pytest.approx(rule.margin)
+    assert Rule("forward", (128, 128), True, fa4=FA4, native=NATIVE, margin=0.1).margin_of(far[1]) == 0.1
 
 
 def test_kinds_get_rules_of_their_own():

@@ -1,9 +1,11 @@
 """How long a call takes, of several contenders that take turns.
 
-They go in rounds, in which each follows each other one equally often, and each figure is the median over the rounds: a
-card's clock depends on its power and heat, so on what ran before, and that is the same for all of them. In a round a
-contender makes some calls in a row, over input sets in turn that together exceed the device's L2 cache twice where
-there are few enough of them. Four figures, each per call:
+They go in rounds, in which each follows each other one equally often: a card's clock depends on its power and heat, so
+on what ran before, and that is the same for all of them. Each figure is the median over the rounds of a contender's
+share of its round, times the median of the rounds: whatever makes a round slow is the same for all, too, above all a
+host that others share, which is slow for tens of turns at a time. In a round a contender makes some calls in a row,
+over input sets in turn that together exceed the device's L2 cache twice where there are few enough of them. Four
+figures, each per call:
 
     gpu_ms     the device's time: the calls wait in its queue, behind a kernel that keeps it busy until the host has
                made all of them, so that the host's time is not in it
@@ -74,6 +76,19 @@ def in_rounds(
     return times
 
 
+def medians(times: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """The figure of each contender, see above, from its times in each round; None where it has none."""
+    known = {name: values for name, values in times.items() if any(values)}
+    rounds = [found for found in zip(*known.values(), strict=True) if all(found)]  # in which none is missing
+    levels = [statistics.geometric_mean(found) for found in rounds]
+    figures: dict[str, float | None] = dict.fromkeys(times)
+    for i, (name, values) in enumerate(known.items()):
+        shares = [found[i] / level for found, level in zip(rounds, levels, strict=True)]
+        own = statistics.median(value for value in values if value)
+        figures[name] = statistics.median(levels) * statistics.median(shares) if rounds else own
+    return figures
+
+
 def measure(
     prepared: Mapping[str, Prepared],
     device: str,
@@ -92,9 +107,8 @@ def measure(
     parts: dict[str, dict[str, Any]] = {name: {} for name in names}
 
     def add(column: str, times: dict[str, list[Any]]) -> None:
-        for name, values in times.items():
-            known = [value for value in values if value is not None]
-            parts[name][column] = statistics.median(known) if known else None
+        for name, value in medians(times).items():
+            parts[name][column] = value
 
     eager_rounds = rounds
     if device == "cuda":

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .crossover import (
+    SIGMAS,
     Curve,
     CutsOf,
     Direction,
@@ -39,7 +40,6 @@ FIGURES: dict[tuple[str, Pass], tuple[str, ...]] = {
 }
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
 WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
-SIGMAS = 2.33  # of a normal distribution, beyond which one of 100 lies
 
 Kind = tuple[int, int, bool]  # head dims, is_causal
 
