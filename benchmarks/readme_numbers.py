@@ -81,6 +81,15 @@ def first_call(content: dict[str, Any]) -> str:
     return markdown(["first call, ms", *medians], [["", *(f"{ms:,.1f}" for ms in medians.values())]])
 
 
+def promise(content: dict[str, Any]) -> str:
+    """Random calls under "auto" beside torch."""
+    rows = []
+    for name, found in content["summary"].items():
+        share = f"{found['within_limit']:.1%}"
+        rows.append([name, f"{found['times']}", share, f"{found['geomean_speedup']:.2f}×", found["worst"][0]])
+    return markdown(["random calls", "times", f"at most {content['limit']} of torch's", "geomean", "worst"], rows)
+
+
 def host_overhead(content: dict[str, Any]) -> str:
     """Host time of calls beside torch's, and what they are to keep to."""
     rows = [
@@ -97,6 +106,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "llama_train_h100": llama_train,
     "first_call_h100": first_call,
     "host_overhead_h100": host_overhead,
+    "policy_promise_h100": promise,
 }
 
 
