@@ -64,12 +64,25 @@ def check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n):
             mask[200, 200:203] = LOW[dtype]
             mask[20] = LOW[dtype]  # a row that sees nothing
         with_tiles_alike(mask, tile_m, tile_n)
-    left, right = window or (None, None)
+    check_lists_of(prepare, mask, window, tile_m, tile_n)
+
+
+def check_lists_of_unseen_rows(prepare, fill, dtype, tile_m, tile_n):
+    """The same where a whole block of rows, and a ragged last one, has nothing but ``fill``, next to one that sees."""
+    sq, sk = 2 * tile_m + 37, 2 * tile_n + 21
+    mask = (torch.ones if dtype is torch.bool else torch.zeros)(sq, sk, dtype=dtype)
+    mask[tile_m:] = fill
+    check_lists_of(prepare, mask, None, tile_m, tile_n)
+
+
+def check_lists_of(prepare, mask, window, tile_m, tile_n):
+    """Lists and bits of a forward with ``mask``, (queries, keys), against the same written out."""
+    (sq, sk), dtype, (left, right) = mask.shape, mask.dtype, window or (None, None)
     tiles = masks.Tiles(1, 1, sq, sk, left, right, tile_m, tile_n)
     done = prepare(mask[None, None], tiles, config.mask_key(mask_kind(dtype), tile_m, tile_n))
     distance = torch.arange(sk) - torch.arange(sq)[:, None]
     inside = (distance >= left) & (distance <= right) if window else torch.ones(sq, sk, dtype=torch.bool)
-    value = torch.where(keep, 0.0, -math.inf) if dtype is torch.bool else mask.float()
+    value = torch.where(mask, 0.0, -math.inf) if dtype is torch.bool else mask.float()
     value = value.masked_fill(~inside, -math.inf)
     n_blocks = -(-sk // tile_n)
     for m in range(-(-sq // tile_m)):

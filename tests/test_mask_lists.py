@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,16 @@ from fa_sdpa.kernels import masks
 from fa_sdpa.meta.spec import mask_kind
 
 ROOT = Path(__file__).parent.parent
-KINDS = [(torch.bool, 64, 64), (torch.float16, 128, 128), (torch.float32, 128, 80), (torch.bfloat16, 192, 128)]
+KINDS = [
+    (torch.bool, 64, 64),
+    (torch.bfloat16, 64, 64),
+    (torch.float32, 64, 64),
+    (torch.float16, 128, 128),
+    (torch.float32, 128, 80),
+    (torch.bfloat16, 192, 128),
+    (torch.float32, 192, 128),
+]
+GARBAGE = 0x5A5A5A5B
 BACKWARD_KINDS = [(torch.bool, 128, 128), (torch.bfloat16, 64, 64), (torch.float32, 64, 128)]
 
 COMPILE = """
@@ -59,8 +69,16 @@ def prepare(tmp_path_factory):
     return prepared
 
 
+def fill(*tensors):
+    """As memory that is allocated may be."""
+    for x in tensors:
+        if x is not None:
+            x.fill_(GARBAGE)
+
+
 def run_forward(kernels, mask, kinds, rows, bits, lists, left, right):
     """The launches of sm90/mask.py."""
+    fill(kinds, rows, bits, lists)
     in_rows = () if rows is None else (parameter(rows, 1),)
     outputs = parameter(bits, 1), parameter(lists)
     whole = parameter(mask, static_stride=rows is not None), parameter(kinds), *in_rows, *outputs
@@ -70,6 +88,7 @@ def run_forward(kernels, mask, kinds, rows, bits, lists, left, right):
 
 def run_transposed(kernels, mask, kinds, rows, hidden, bits, all_kinds, all_hidden, lists, left, right):
     """The launches of sm90/mask_transposed.py."""
+    fill(kinds, rows, hidden, bits, lists)
     in_rows = () if rows is None else (parameter(rows),)
     whole = parameter(mask, static_stride=rows is not None), parameter(kinds), *in_rows, parameter(hidden, 2)
     window, is_shared = (parameter(left), parameter(right)), parameter(int(lists.size(1) < kinds.size(1)))
@@ -84,6 +103,12 @@ def run_transposed(kernels, mask, kinds, rows, hidden, bits, all_kinds, all_hidd
 @pytest.mark.parametrize("sq, sk, window", mask_lists.SIZES)
 def test_lists_and_bits(prepare, sq, sk, window, dtype, tile_m, tile_n):
     mask_lists.check_lists(prepare, sq, sk, window, dtype, tile_m, tile_n)
+
+
+@pytest.mark.parametrize("dtype, tile_m, tile_n", KINDS, ids=str)
+def test_lists_and_bits_of_rows_that_see_nothing(prepare, dtype, tile_m, tile_n):
+    for value in (False,) if dtype is torch.bool else (-math.inf, mask_lists.LOW[dtype]):
+        mask_lists.check_lists_of_unseen_rows(prepare, value, dtype, tile_m, tile_n)
 
 
 @pytest.mark.parametrize("dtype, tile_m, tile_n", BACKWARD_KINDS, ids=str)

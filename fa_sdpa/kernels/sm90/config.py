@@ -152,6 +152,8 @@ class BackwardConfig:
                 raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
         if self.tile_n not in (64, *SHORT_TILES, 128):
             raise ValueError(f"{self.tile_n=} must be 64, one of {SHORT_TILES} or 128")
+        if self.attn_mask and self.transposes_sums:
+            raise ValueError(f"{self.tile_n=} must be 64 or 128 with a mask: a warp classifies 32 keys")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
         if self.tile_m != 64 and not self.splits_keys:

@@ -166,12 +166,12 @@ class Mask:
             if (tidx < 4) | (alike & UNSEEN != 0):
                 hidden = _first_bits(self.tile_n - 32 * (lane % 4))
             words = cute.make_rmem_tensor(4, Int32)
-            rows = bits.shape[1]
-            for i in cutlass.range_constexpr(2 * self.tile_m // (32 * self.warps)):
-                index = i * (32 * self.warps) + tidx
+            rows, threads = bits.shape[1], 32 * self.warps
+            for i in cutlass.range_constexpr(cute.ceil_div(2 * self.tile_m, threads)):
+                index = i * threads + tidx
                 row, plane = m_block * self.tile_m + index % self.tile_m, index // self.tile_m
                 words.fill(soft * plane)
-                if row < rows:
+                if (row < rows) & (plane < 2):
                     cute.autovec_copy(words, bits[plane * n_blocks + n_block, row, None])
         if lane == 0:
             mRows[batch, head, m_block, n_block, warp] = visible
@@ -414,9 +414,12 @@ class Patterns(NamedTuple):
         """ZERO, SMALL, UNSEEN and LOW, where all values of a full tile are that; 0 if they are none. By a whole CTA."""
         threads = 32 * cute.size(flags)
         of_row, vectors = tile_n * self.width // 128, tile_m * tile_n * self.width // 128
-        values = cute.make_rmem_tensor((4, vectors // threads), Int32)
-        for i in cutlass.range_constexpr(vectors // threads):
+        rounds = (vectors + threads - 1) // threads
+        values = cute.make_rmem_tensor((4, rounds), Int32)
+        for i in cutlass.range_constexpr(rounds):
             index = i * threads + tidx
+            if cutlass.const_expr(vectors % threads != 0):
+                index = cutlass.min(index, vectors - 1)  # the last one more than once
             row, column = m_block * tile_m + index // of_row, n_block * tile_n + index % of_row * (128 // self.width)
             start = mask.iterator + cute.crd2idx((row, column), mask.layout)
             source = cute.make_tensor(cute.recast_ptr(start.align(16), dtype=Int32), cute.make_layout(4))
