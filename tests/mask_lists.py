@@ -147,13 +147,27 @@ def check_lists_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, t
             mask[0, 200, 200:203] = LOW[dtype]
             mask[0, 20] = LOW[dtype]  # a row that sees nothing
         with_tiles_alike(mask[:1], tile_m, tile_n)
-    left, right = window or (None, None)
+    check_lists_of_a_backward_of(prepare, mask, sq, window, heads_kv, tile_m, tile_n)
+
+
+def check_lists_of_a_backward_of_unseen_rows(prepare, fill, sk, window, heads, heads_kv, dtype, tile_m, tile_n):
+    """The same where all rows, or but for the first head's all, have nothing but ``fill``, in a mask without rows."""
+    mask = torch.full((heads, 1, sk), fill, dtype=dtype)
+    check_lists_of_a_backward_of(prepare, mask, 2 * tile_m + 37, window, heads_kv, tile_m, tile_n)
+    mask[0] = dtype is torch.bool
+    check_lists_of_a_backward_of(prepare, mask, 2 * tile_m + 37, window, heads_kv, tile_m, tile_n)
+
+
+def check_lists_of_a_backward_of(prepare, mask, sq, window, heads_kv, tile_m, tile_n):
+    """Lists and bits of a backward with ``mask``, (heads, queries or 1, keys), against the same written out."""
+    (heads, _, sk), dtype, (left, right) = mask.shape, mask.dtype, window or (None, None)
     tiles = masks.Tiles(1, heads, sq, sk, left, right, tile_m, tile_n, heads_kv)
     done = prepare(mask[None], tiles, config.mask_key(mask_kind(dtype), tile_m, tile_n, transposed=True))
+    mask = mask.expand(-1, sq, -1)
     lists, planes = done.lists.cpu(), done.bits.cpu()
     distance = torch.arange(sk) - torch.arange(sq)[:, None]
     inside = (distance >= left) & (distance <= right) if window else torch.ones(sq, sk, dtype=torch.bool)
-    value = torch.where(keep, 0.0, -math.inf) if dtype is torch.bool else mask.float()
+    value = torch.where(mask, 0.0, -math.inf) if dtype is torch.bool else mask.float()
     value = value.masked_fill(~inside, -math.inf)
     low = (value <= -6e4) & (value > -math.inf)
     m_blocks, n_blocks = -(-sq // tile_m), -(-sk // tile_n)

@@ -30,7 +30,12 @@ KINDS = [
     (torch.float32, 192, 128),
 ]
 GARBAGE = 0x5A5A5A5B
-BACKWARD_KINDS = [(torch.bool, 128, 128), (torch.bfloat16, 64, 64), (torch.float32, 64, 128)]
+BACKWARD_KINDS = [
+    (torch.bool, 128, 128),
+    (torch.bfloat16, 64, 64),
+    (torch.float16, 64, 128),
+    (torch.float32, 64, 128),
+]
 
 COMPILE = """
 import pathlib, sys
@@ -116,6 +121,18 @@ def test_lists_and_bits_of_rows_that_see_nothing(prepare, dtype, tile_m, tile_n)
 @pytest.mark.parametrize("sq, sk, window", mask_lists.SIZES)
 def test_lists_and_bits_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, tile_m, tile_n):
     mask_lists.check_lists_of_a_backward(prepare, sq, sk, window, heads, heads_kv, dtype, tile_m, tile_n)
+
+
+@pytest.mark.parametrize("dtype, tile_m, tile_n", BACKWARD_KINDS, ids=str)
+@pytest.mark.parametrize("heads, heads_kv", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("sk, window", [(1, (-masks.UNBOUNDED, 0)), (150, None), (150, (-masks.UNBOUNDED, 0))])
+def test_lists_and_bits_of_a_backward_of_rows_that_see_nothing(
+    prepare, sk, window, heads, heads_kv, dtype, tile_m, tile_n
+):
+    for value in (False,) if dtype is torch.bool else (-math.inf, mask_lists.LOW[dtype]):
+        mask_lists.check_lists_of_a_backward_of_unseen_rows(
+            prepare, value, sk, window, heads, heads_kv, dtype, tile_m, tile_n
+        )
 
 
 @pytest.mark.parametrize("rows, columns, stages", [(80, 192, 2), (128, 64, 2), (64, 256, 1)])
