@@ -149,6 +149,7 @@ def rounded_out(
     options: Options,
     dtype: torch.dtype,
     attn_mask: Tensor | None = None,
+    factors: Tensor | None = None,  # (B, H, Sq), by which O is off before it is rounded
 ) -> tuple[Tensor, ...]:
     """How far the gradients of fp32 ``tensors`` are off if δ = Σ dO ∘ O is that of O in ``dtype``, and a sum in fp32 as
     dP is, in the order of math_grads. dS_ij is off by p_ij times δ's error, and p_ij is the gradient of lse_i. (The
@@ -159,7 +160,8 @@ def rounded_out(
     named = {"sink": leaves[3] if sink is not None else None, "attn_mask": attn_mask, **options._asdict()}
     out, lse = reference.attention(*leaves[:3], **named)
     dout = dout.to(out.dtype)
-    error = (dout * (out.to(dtype).to(out.dtype) - out)).sum(-1)
+    coarse = out if factors is None else out * factors[..., None]
+    error = (dout * (coarse.to(dtype).to(out.dtype) - out)).sum(-1)
     error = (error + 2.0**-24 * torch.randn_like(error) * (dout * out).abs().sum(-1)).detach()
     grads = torch.autograd.grad(lse, leaves, -error.to(lse.dtype), allow_unused=True)
     return tuple(torch.zeros_like(x) if g is None else g.nan_to_num() for x, g in zip(leaves, grads, strict=True))

@@ -3,7 +3,9 @@
 The rule is that of forward_cases.py. lse is judged in rows whose lse is above -1e5: where a row sees only keys with a
 huge negative bias, that is cut off (sm90/forward_masked.py), and lse with it. So are weights in rows with an lse around
 -1e9: there fp32 rounds scores to multiples of 64, what is left of them is chance, and out has to be a mean of values,
-no more. In every other case the keys that no row of any head sees are NaN, since what is behind a mask must not leak.
+no more. In every other case the keys that no row of any head sees, and their values, are NaN, since what is behind a
+mask must not leak. Half of the floating masks up to d64 are given to 28 sequences of 513 to 640 rows, which have the
+wide tile where the mask tells heads apart.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backward_cases import Poison  # noqa: E402
 from forward_cases import H100, HEADS, Case, Outcome, Variant, excess, inputs, random_case  # noqa: E402
 
 from fa_sdpa import reference  # noqa: E402
@@ -74,7 +77,7 @@ def random_masked_case(seed: int, index: int) -> MaskedCase:
     batch = rng.randint(1, min(room // heads, 4))
     case = case._replace(batch=batch, heads=heads, heads_kv=heads_kv, seqlen_k=seqlen_k)
     dtype = rng.choice(("bool", "bool", case.dtype, "fp32"))
-    return MaskedCase(
+    masked = MaskedCase(
         case,
         dtype,
         content=rng.choice(CONTENTS),
@@ -86,6 +89,11 @@ def random_masked_case(seed: int, index: int) -> MaskedCase:
         empty_rows=rng.random() < 0.3,
         poison=rng.random() < 0.5,
     )
+    if dtype == "bool" or max(case.head_dim, case.head_dim_v) > 64 or rng.random() < 0.5:
+        return masked
+    heads_kv, sizes = rng.choice((2, 7, 14)), (rng.randint(513, 640), rng.randint(1, 460))  # biases in wide tiles
+    case = case._replace(batch=2, heads=14, heads_kv=heads_kv, seqlen_q=sizes[0], seqlen_k=sizes[1])
+    return masked._replace(case=case, dims=4, broadcast=rng.choice(("....", "1...", "1.1.", "...1")))
 
 
 def make_mask(masked: MaskedCase, source: str = "cuda") -> Tensor:
@@ -163,11 +171,12 @@ def check(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
     query, key, value, sink = inputs(case)
     mask = make_mask(masked)
     clean = key.clone(), value.clone()
-    if masked.poison and case.layout_kv in ("bshd", "bhsd", "sbhd"):
-        _poison(mask, key)
-    with masks.in_eager_mode():
+    poison(masked, mask, key, value)
+    with Poison() as memory, masks.in_eager_mode():
         out, lse = launch.attention_fwd(query, key, value, sink, case.options, mask)
         again, _ = launch.attention_fwd(query, key, value, sink, case.options, mask)
+    if not memory.count:
+        raise AssertionError("memory of a launch is not filled with NaN")
     options = case.options._asdict()
     wide = mask if mask.dtype is torch.bool else mask.float()
     key, value = clean
@@ -199,12 +208,15 @@ def check(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome:
     return Outcome(error, limit, error_lse, message)
 
 
-def _poison(mask: Tensor, key: Tensor) -> None:
-    """NaN in the keys that no row of any head sees."""
+def poison(masked: MaskedCase, mask: Tensor, key: Tensor, value: Tensor) -> None:
+    """NaN in the keys that no row of any head sees, and in their values, if that is to be and they share no memory."""
+    if not masked.poison or masked.case.layout_kv not in ("bshd", "bhsd", "sbhd"):
+        return
     hidden = ~mask if mask.dtype is torch.bool else mask == -math.inf
     hidden = hidden[(None,) * (4 - hidden.dim())].all(1).all(1)
     hidden = hidden.expand(key.size(0), key.size(2))
-    key.masked_fill_(hidden[:, None, :, None], math.nan)
+    for x in (key, value):
+        x.masked_fill_(hidden[:, None, :, None], math.nan)
 
 
 RULE = "max|out - ref| <= 2 max|pt - ref| + atol; |lse - ref| <= 1e-4 max(1, |ref|) where ref > -1e5"

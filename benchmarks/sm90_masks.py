@@ -16,7 +16,7 @@ model do, "ours, fresh" prepares it in every call. The ratio is the best peer's 
     padding     (B, 1, 1, S) bool, lengths evenly from S / 2 to S
     triangle    (1, 1, S, S) bool, and the same in bf16 with -inf
     random      (1, 1, S, S) bool, half of the keys
-    bias        (1, H, S, S) bf16, normal
+    bias        (1, H, S, S) bf16, normal, and the same in fp32
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ from fa_sdpa.kernels import launch, masks  # noqa: E402
 from fa_sdpa.meta.spec import Options  # noqa: E402
 from fa_sdpa.ops.attention import attention_fwd  # noqa: E402
 
-MASKS = {"padding": "bool", "triangle": "bool", "triangle, bf16": "bf16", "random": "bool", "bias": "bf16"}
+MASKS = {
+    "padding": "bool",
+    "triangle": "bool",
+    "triangle, bf16": "bf16",
+    "random": "bool",
+    "bias": "bf16",
+    "bias, fp32": "fp32",
+}
 PEERS = {"torch": None, "cudnn": SDPBackend.CUDNN_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 
 
@@ -74,8 +81,9 @@ class Cell(NamedTuple):
             return (torch.arange(size, device="cuda") < lengths[:, None])[:, None, None]
         if self.mask == "random":
             return torch.rand(1, 1, size, size, device="cuda") < 0.5
-        if self.mask == "bias":
-            return torch.randn(1, 2048 // self.head_dim, size, size, device="cuda", dtype=torch.bfloat16)
+        if self.mask in ("bias", "bias, fp32"):
+            dtype = torch.bfloat16 if self.mask == "bias" else torch.float32
+            return torch.randn(1, 2048 // self.head_dim, size, size, device="cuda", dtype=dtype)
         triangle = torch.ones(1, 1, size, size, device="cuda", dtype=torch.bool).tril()
         if self.mask == "triangle":
             return triangle
@@ -189,14 +197,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--no-cells", action="store_true", help="time nothing")
+    parser.add_argument("--masks", nargs="*", default=list(MASKS), choices=MASKS, help="whose cells are timed")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="what to compare with")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
     draw, judged = (random_backward_case, check_backward) if args.training else (random_masked_case, check)
+    cells = [cell for cell in CELLS if cell.mask in args.masks]
     if args.list_keys:
         cases = [draw(args.seed, index) for index in range(args.cases)]
-        calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in CELLS)]
-        plain = {key for cell in CELLS for key in launch.keys(spec_of(cell.case, None, args.training), H100)}
+        calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in cells)]
+        plain = {key for cell in cells for key in launch.keys(spec_of(cell.case, None, args.training), H100)}
         keys = [*keys_of(calls, needs_grad=args.training), *sorted(plain, key=lambda key: key.name)]
         return print("\n".join(key.name for key in keys))
     about: dict[str, Any] = {"numerics": None}
@@ -206,7 +216,7 @@ def main() -> None:
         )
         print(f"numerics: {about['numerics']}", flush=True)
     failed = args.cases and about["numerics"]["failed"]
-    rows = [] if failed or args.no_cells else [measure(cell, args.peers, args.training) for cell in CELLS]
+    rows = [] if failed or args.no_cells else [measure(cell, args.peers, args.training) for cell in cells]
     if rows:
         about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
         print(tables(rows))

@@ -59,13 +59,17 @@ DIRECTIONS = ("forward", "backward", "masked", "masked backward")  # masked: the
 
 def code_path(key: KernelKey) -> tuple[Any, ...]:
     """What two kernels share that differ only in dtype and head dims: the roles' control flow, all but the widths."""
-    from fa_sdpa.kernels.sm90.config import BackwardConfig, ForwardConfig
+    from fa_sdpa.kernels.sm90.config import BackwardConfig, forward_config_of
 
     if key.direction == "mask":
         return key.direction, key.dtype == "bool", key.tile_m, key.transposed
-    config_class = ForwardConfig if key.direction == "forward" else BackwardConfig
-    config = config_class(**{field.name: getattr(key, field.name) for field in dataclasses.fields(config_class)})
-    choices = {name: getattr(config, name) for name, kind in vars(config_class).items() if isinstance(kind, property)}
+    if key.direction == "forward":
+        config: Any = forward_config_of(key)
+    else:
+        config = BackwardConfig(
+            **{field.name: getattr(key, field.name) for field in dataclasses.fields(BackwardConfig)}
+        )
+    choices = {name: getattr(config, name) for name, kind in vars(type(config)).items() if isinstance(kind, property)}
     fields = dataclasses.asdict(key)
     for name in ("dtype", "head_dim", "head_dim_v", *(["tile_n"] if key.direction == "forward" else [])):
         del fields[name]
@@ -209,7 +213,7 @@ def masked_cases() -> list[tuple[MaskedCase, int]]:
         MaskedCase(
             Case("bf16", d, d, 1, 4, 2, 300, 400, Options(softcap=softcap), sink), dtype, "random", layout="roomy"
         )
-        for d in (128, 256)
+        for d in (64, 128, 256)
         for dtype in ("bool", "bf16", "fp32")
         for softcap, sink in ((30.0, False), (0.0, True))
     ]

@@ -103,11 +103,13 @@ MASKED = [  # biases take the most registers where O does
             *((d, d, "normal", False, mask) for d in (64, 128, 192, 256) for mask in ("bf16", "fp32")),
             *((d, d, "normal", False, "bool") for d in (64, 256)),
             *((d, d, "small", False, mask) for d, mask in ((128, "bool"), (256, "bf16"), (256, "fp32"))),
+            *((d, d, "wide", False, mask) for d in (40, 64) for mask in ("bf16", "fp32")),
             (64, 256, "normal", False, "fp32"),
             *((d, d, "normal", True, "fp32") for d in (128, 256)),
         )
     ),
     *(config.mask_key(mask, *tile) for mask in ("bool", "fp16", "fp32") for tile in ((128, 128), (64, 64), (128, 80))),
+    *(config.mask_key("bf16", *tile) for tile in ((128, 112), (192, 128))),
 ]
 MASKED_BACKWARD = [  # each split of the work, biases beside the most registers and in the least shared memory
     *(
@@ -339,6 +341,23 @@ def test_every_pair_of_head_dims_has_a_tile():
                 assert chosen.head_dim_mma - head_dim < 16 and chosen.head_dim_v_mma - head_dim_v < 16
     with pytest.raises(ValueError, match="wide"):
         config.forward_config(64, 104, "wide")
+
+
+@pytest.mark.parametrize("mask", ["bf16", "fp32"])
+def test_every_pair_of_head_dims_has_a_tile_for_biases(mask):
+    """With two of them in flight wherever 16 bits allow it at d128, and the tile of a boolean mask up to there."""
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            for tile in ("small", "normal"):
+                key = config.forward_key(torch.bfloat16, head_dim, head_dim_v, False, tile, attn_mask=mask)
+                chosen = config.forward_config_of(key)
+                plain = config.forward_config(head_dim, head_dim_v, tile)
+                assert chosen == config.forward_config(head_dim, head_dim_v, tile, config.BIAS_BYTES[mask])
+                assert 64 <= chosen.tile_n <= plain.tile_n and chosen.smem_bytes <= config.SMEM_PER_BLOCK
+                if max(head_dim, head_dim_v) <= 128:
+                    assert chosen.tile_n == plain.tile_n
+                    assert chosen.bias_stages == 2 or mask == "fp32" and max(head_dim, head_dim_v) > 64
+                assert plain.bias_stages == 0 < chosen.bias_stages
 
 
 @pytest.mark.parametrize(
@@ -582,6 +601,10 @@ def test_forwards_with_a_mask_are_supported(mask):
         assert (forward.direction, forward.attn_mask, preparation.direction) == ("forward", mask, "mask")
         assert (preparation.dtype, preparation.tile_m, preparation.tile_n) == (mask, forward.tile_m, forward.tile_n)
     assert len(launch.keys(spec(mask=mask), H100, any_size=True)) == 4
+    call = spec(mask=mask, head_dim=64, head_dim_v=64)
+    for change, wide in (({}, mask != "bool"), ({"is_causal": True}, mask != "bool"), ({"softcap": 30.0}, False)):
+        tiles = [key.tile_m for key in launch.keys(call._replace(**change), H100, any_size=True)]
+        assert tiles == [64, 64, 128, 128] + [192, 192] * wide
 
 
 @pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])
@@ -617,7 +640,12 @@ def test_masked_backward_tiles_have_room_for_the_mask(mask):
                 assert chosen.mask_bytes == 32 * chosen.tile_n + bias and chosen.smem_bytes <= config.SMEM_PER_BLOCK
                 assert chosen.stages_dq() or chosen.has_dq_warpgroup
                 if chosen.stages_dq():
-                    assert chosen.smem_bytes == plain.smem_bytes + chosen.mask_bytes
+                    assert (
+                        chosen.smem_bytes
+                        == plain.smem_bytes + chosen.mask_bytes + max(chosen.bias_stages - 1, 0) * bias
+                    )
+                if max(head_dim, head_dim_v) <= 64 and mask == "bf16":
+                    assert chosen.bias_stages == 2
 
 
 def test_refusal_lists_every_reason():
@@ -789,6 +817,31 @@ def test_every_variant_compiles_without_spills(usage, key):
     report = usage[key.name]
     for space in ("STACK", "LOCAL"):
         assert set(re.findall(rf"{space}:(\d+)", report)) == {"0"}, report
+
+
+def test_words_of_bits_and_of_keys():
+    """What a mask's preparation makes of ballots, run on the host."""
+    needs_compiler()
+    import cutlass
+    import cutlass.cute as cute
+    from cutlass.cute.runtime import from_dlpack
+
+    from fa_sdpa.kernels.sm90.mask import _first_bits, _spread
+
+    @cute.jit
+    def run(given, first, words):
+        for i in range(cute.size(given)):
+            first[i] = _first_bits(given[i])
+            for t in cutlass.range_constexpr(4):
+                words[i, t] = _spread(given[i], cutlass.Int32(2 * t))
+
+    given = torch.tensor([-40, -1, 0, 1, 5, 31, 32, 33, 128, 0x12345678, -0x76543210], dtype=torch.int32)
+    first, words = torch.zeros_like(given), torch.zeros(len(given), 4, dtype=torch.int32)
+    run(*map(from_dlpack, (given, first, words)))
+    for value, bits, row in zip(given.tolist(), first.tolist(), words.tolist(), strict=True):
+        assert bits & 0xFFFFFFFF == (1 << min(max(value, 0), 32)) - 1
+        for t, word in enumerate(row):  # bit 2v + j is key 8v + 2t + j
+            assert word == sum((value >> 8 * v + 2 * t + j & 1) << 2 * v + j for v in range(4) for j in range(2))
 
 
 def test_sanitizer_cases_take_every_code_path_of_the_numerics_cases():

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa_sdpa
 from fa_sdpa import reference
 from fa_sdpa.kernels import masks
-from fa_sdpa.kernels.sm90.config import LIST_ENDS, LIST_HEADER
+from fa_sdpa.kernels.sm90.config import LIST_HEADER, TRANSPOSED_HEADER
 from fa_sdpa.meta.spec import AttentionSpec, mask_kind
 
 fwd = torch.ops.fa4.attention_fwd
@@ -363,6 +363,20 @@ def test_masks_that_are_gone_are_not_kept(preparations, dtype):
         assert len(masks._kept) == masks.KEPT
 
 
+def test_what_is_kept_is_small_or_much_smaller_than_the_mask(preparations, monkeypatch):
+    launched, load = preparations
+    monkeypatch.setattr(masks, "KEPT_BYTES", 0)
+    bias, row = (
+        torch.randn(1, 4, 300, 512),
+        torch.randn(1, 1, 1, 512),
+    )  # of a row with a window there is more than of it
+    with masks.in_eager_mode():
+        for mask, tiles, launches in ((bias, TILES, 1), (row, TILES._replace(left=-5), 3)):
+            for _ in range(2):
+                masks.prepared(mask, tiles._replace(seqlen_k=512), load)
+            assert len(launched) == launches
+
+
 @pytest.mark.parametrize(
     ("mask", "sizes"),
     [
@@ -379,14 +393,16 @@ def test_what_is_broadcast_is_read_and_written_once(preparations, mask, sizes):
     [(given, kinds, found, bits, lists, left, right)] = launched
     assert given.shape == (*sizes, 500) and (found is None) == (mask.dtype is torch.bool)
     m_blocks, planes = (3 if sizes[2] > 1 else 1), (1 if mask.dtype is torch.bool else 2)
-    assert kinds.shape == (*sizes[:2], m_blocks, 8) and lists.shape == (*sizes[:2], m_blocks, LIST_HEADER + 8)
+    entries = LIST_HEADER + 8 + 4 * planes * 8
+    assert kinds.shape == (*sizes[:2], m_blocks, 8) and lists.shape == (*sizes[:2], m_blocks, entries)
     assert bits.shape == (*sizes[:2], planes * 8, 3 * 128 if sizes[2] > 1 else 1, 4)
     assert left < -300 and right > 500
-    assert done.lists.shape == (2, 4, 3, LIST_HEADER + 8) and done.bits.shape == (2, 4, planes * 8, 384, 4)
+    assert done.lists.shape == (2, 4, 3, entries) and done.bits.shape == (2, 4, planes * 8, 384, 4)
     assert done.lists.data_ptr() == lists.data_ptr() and done.bits.data_ptr() == bits.data_ptr()
     if done.bias is not None:
-        assert done.bias.shape == (2, 4, sizes[2], 512) and done.bias.stride(3) == 1
-        torch.testing.assert_close(done.bias[..., :500], mask[:, :, : sizes[2]].expand(2, 4, sizes[2], 500))
+        assert done.bias.shape == (2, 4, 300, 500) and done.bias.stride(3) == 1
+        assert [stride == 0 for stride in done.bias.stride()[:3]] == [size == 1 for size in sizes]
+        torch.testing.assert_close(done.bias, mask.expand(2, 4, 300, 500))
 
 
 def test_a_window_makes_rows_differ(preparations):
@@ -397,22 +413,35 @@ def test_a_window_makes_rows_differ(preparations):
     assert kinds.shape == (1, 1, 3, 8) and bits.shape == (1, 1, 8, 384, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("slack", [0, 20])
-@pytest.mark.parametrize("seqlen_k", [7, 8, 16])
+@pytest.mark.parametrize("seqlen_k", [1, 4, 8, 15, 16])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-def test_biases_are_read_in_aligned_pairs_and_whole_blocks(seqlen_k, shift, layout, slack, rows):
-    memory = torch.randn(2 * rows * (seqlen_k + shift) + slack).bfloat16()
-    mask = memory[: 2 * rows * (seqlen_k + shift)].view(2, 1, rows, -1)[..., shift:]
+def test_biases_are_read_where_they_are_if_tma_can_address_them(seqlen_k, shift, layout, rows, dtype):
+    mask = torch.randn(2, 1, rows, seqlen_k + shift).to(dtype)[..., shift:]
     mask = strided(mask, layout)
-    pairs = masks._in_pairs(mask, seqlen_k, 16)
-    torch.testing.assert_close(pairs[..., :seqlen_k], mask)
-    assert pairs.size(3) == 16 and pairs.stride(3) == 1 and pairs.stride(1) == 0
-    assert pairs.data_ptr() % 4 == 0 and not any(stride % 2 for stride in pairs.stride()[:3])
-    in_place = layout == "plain" and (seqlen_k + shift) % 2 == 0 and not shift and (seqlen_k == 16 or slack > 0)
+    item = dtype.itemsize
+    read = masks._addressable(mask, seqlen_k)
+    torch.testing.assert_close(read, mask)
+    assert read.stride(3) == 1 and read.stride(1) == 0 and (read.stride(2) == 0) == (rows == 1)
+    assert read.data_ptr() % 16 == 0 and not any(stride * item % 16 for stride in read.stride()[:3])
+    in_place = layout == "plain" and not shift and seqlen_k * item % 16 == 0
     if rows > 1 or layout == "plain":
-        assert (pairs.data_ptr() == mask.data_ptr()) == in_place
+        assert (read.data_ptr() == mask.data_ptr()) == in_place
+
+
+def test_both_directions_share_a_copy_of_biases(preparations):
+    launched, load = preparations
+    mask = torch.randn(2, 1, 300, 501)[..., 1:]
+    with masks.in_eager_mode():
+        forward = masks.prepared(mask, TILES, load).bias
+        backward = masks.prepared(mask, BACKWARD_TILES, load).bias
+        assert len(launched) == 2 and forward.data_ptr() == backward.data_ptr() != mask.data_ptr()
+        assert forward.shape == backward.shape == (2, 4, 300, 500)
+        torch.testing.assert_close(forward, mask.expand(2, 4, 300, 500))
+        mask += 1
+        torch.testing.assert_close(masks.prepared(mask, TILES, load).bias, mask.expand(2, 4, 300, 500))
 
 
 # ---- the same for a backward -----------------------------------------------------------------------------------------
@@ -434,20 +463,22 @@ BACKWARD_TILES = masks.Tiles(2, 4, 300, 500, None, None, 64, 128, 2)
 def test_a_backward_reads_and_writes_once_what_is_broadcast(preparations, mask, sizes, heads_of_lists):
     launched, load = preparations
     done = masks.prepared(mask, BACKWARD_TILES, load)
-    [(given, kinds, found, bits, all_kinds, lists, left, right)] = launched
+    [(given, kinds, found, hidden, bits, all_kinds, all_hidden, lists, left, right)] = launched
     is_bool, m_blocks = mask.dtype is torch.bool, -(-sizes[2] // 64)
     assert given.shape == (*sizes, 500) and (found is None) == is_bool
     assert kinds.shape == (*sizes[:2], m_blocks, 4) and all_kinds.shape == (*sizes[:2], 5, 4)
-    assert all_kinds.data_ptr() == kinds.data_ptr()
-    assert bits.shape == (*sizes[:2], 1 if is_bool else 2, m_blocks, 512, 4)
-    assert lists.shape == (sizes[0], heads_of_lists, 4, LIST_ENDS + 5)
+    planes = 1 if is_bool else 2
+    assert hidden.shape == (*kinds.shape, 4, planes) and all_hidden.shape == (*all_kinds.shape, 4, planes)
+    assert all_kinds.data_ptr() == kinds.data_ptr() and all_hidden.data_ptr() == hidden.data_ptr()
+    assert bits.shape == (*sizes[:2], planes, m_blocks, 512, 4)
+    assert lists.shape == (sizes[0], heads_of_lists, 4, TRANSPOSED_HEADER + 5)
     assert is_bool or found.shape == (*kinds.shape, 4 * 4)
     assert left < -300 and right > 500
-    assert done.lists.shape == (2, 2, 4, LIST_ENDS + 5) and done.lists.data_ptr() == lists.data_ptr()
-    assert done.bits.shape == (2, 4, 1 if is_bool else 2, 5, 512, 4) and done.bits.data_ptr() == bits.data_ptr()
+    assert done.lists.shape == (2, 2, 4, TRANSPOSED_HEADER + 5) and done.lists.data_ptr() == lists.data_ptr()
+    assert done.bits.shape == (2, 4, planes, 5, 512, 4) and done.bits.data_ptr() == bits.data_ptr()
     if done.bias is not None:
-        assert done.bias.shape == (*sizes, 500)
-        torch.testing.assert_close(done.bias, mask.expand(-1, -1, sizes[2], 500))
+        assert done.bias.shape == (2, 4, 300, 500)
+        torch.testing.assert_close(done.bias, mask.expand(2, 4, 300, 500))
 
 
 def test_a_backward_has_a_preparation_of_its_own(preparations):
@@ -460,24 +491,7 @@ def test_a_backward_has_a_preparation_of_its_own(preparations):
         assert masks.prepared(mask, BACKWARD_TILES, load) is first
         assert masks.prepared(mask, forward, load) is not first
         assert masks.prepared(mask, BACKWARD_TILES._replace(heads_kv=4), load) is not first
-    assert [len(arguments) for arguments in launched] == [8, 7, 8] and not masks.is_in_eager_mode()
-
-
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("seqlen_k", [1, 7, 8, 16])
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-def test_a_backward_reads_biases_that_tma_can_address(seqlen_k, shift, layout, dtype, rows):
-    mask = torch.randn(2, 1, rows, seqlen_k + shift).to(dtype)[..., shift:]
-    mask = strided(mask, layout)
-    tiles = masks._for_tma(mask, seqlen_k, 64)
-    assert tiles.shape == (2, 1, 5 if rows == 5 else 64, seqlen_k) and tiles.stride(3) == 1 and tiles.stride(1) == 0
-    torch.testing.assert_close(tiles, mask.expand(-1, -1, tiles.size(2), -1))
-    unit = 16 // mask.element_size()
-    assert tiles.data_ptr() % 16 == 0 and not any(stride % unit for stride in tiles.stride()[:3])
-    in_place = layout == "plain" and not shift and seqlen_k % unit == 0 and rows == 5
-    assert (tiles.data_ptr() == mask.data_ptr()) == in_place
+    assert [len(arguments) for arguments in launched] == [10, 7, 10] and not masks.is_in_eager_mode()
 
 
 def test_a_backward_node_keeps_the_mask_of_a_routed_call(monkeypatch):

@@ -35,10 +35,22 @@ def tiles_of(monkeypatch: pytest.MonkeyPatch, tiles: Tiles, num_sms: int, is_cau
 @pytest.mark.parametrize("blocks", (*range(1, 10), 33))
 def test_each_tile_once(monkeypatch, blocks, heads, batch, num_sms):
     wanted = sorted(itertools.product(range(blocks), range(heads), range(batch)))
-    for paired, is_causal in ((False, False), (False, True), (True, True)):
-        found = tiles_of(monkeypatch, Tiles(blocks, heads, batch, paired), num_sms, is_causal)
+    orders = ((False, False), (False, True), (True, True))
+    for (paired, is_causal), by_head in itertools.product(orders, (None, False, True)):
+        found = tiles_of(monkeypatch, Tiles(blocks, heads, batch, paired, by_head), num_sms, is_causal)
         assert sorted(tuple(tile) for of_cta in found for tile in of_cta) == wanted
         assert all(found)  # no CTA without a tile
+
+
+@pytest.mark.parametrize("blocks, paired", [(22, True), (8, True), (32, False)])
+def test_sequences_of_a_head_go_together(monkeypatch, blocks, paired):
+    """What CTAs work on at a time is of as few heads as it can be, if it is ordered by heads."""
+    heads, batch = 8, 4
+    found = tiles_of(monkeypatch, Tiles(blocks, heads, batch, paired, True), 132, True)
+    for step in range(len(found[0])):
+        tiles = [of_cta[step] for of_cta in found if len(of_cta) > step]
+        shared = {(m_block, head) for m_block, head, _ in tiles}
+        assert len(shared) <= len(tiles) / batch + (2 * blocks if paired else 2)
 
 
 @pytest.mark.parametrize("blocks", (2, 3, 5, 7, 8, 11))

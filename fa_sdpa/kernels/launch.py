@@ -141,12 +141,16 @@ def _attend_masked(
     num_sms = Target.of(query.device).num_sms
     flags = (right is not None, options.softcap > 0.0, sink is not None)
     sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
-    tile, packs, (seqlen_q, *_) = sm90.forward_tiling(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
+    tile, packs, rows = sm90.forward_tiling(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
+    seqlen_q, kind = rows[0], mask_kind(mask.dtype)
+    if tile == "normal" and mask.size(1) > 1 and mask.stride(1) != 0:
+        if sm90.takes_wide_biases(head_dim, head_dim_v, flags, kind):
+            tile = sm90.forward_tile(head_dim, head_dim_v, False, False, *rows)
     if packs:
         query, out, lse = _packed(query, out, lse, heads_kv)
         mask = mask if mask.size(1) == 1 else mask.unflatten(1, (heads_kv, -1)).squeeze(3)
         heads = heads_kv
-    plan = _masked_plan(query.dtype, head_dim, head_dim_v, mask_kind(mask.dtype), tile, flags, query.get_device())
+    plan = _masked_plan(query.dtype, head_dim, head_dim_v, kind, tile, flags, query.get_device())
     _, unit, cap_factor = _scaling(options, head_dim)
     tiles = masks.Tiles(batch, heads, seqlen_q, seqlen_k, left, right, plan.tile_m, plan.tile_n)
     done = masks.prepared(mask, tiles, lambda: _load_preparation(plan.preparation))
@@ -406,12 +410,14 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
     has_mask = spec.mask != "none"
     if has_mask:
         tiles = sm90.forward_tiles(head_dim, head_dim_v, False, True)
+        may_be_wide = sm90.takes_wide_biases(head_dim, head_dim_v, flags, spec.mask)
     if target.num_sms and not any_size and all(isinstance(n, int) for n in sizes):
         flags = (window or is_causal, *flags[1:]) if has_mask else flags
         is_cut_causal = is_causal and not has_mask
         tiles = (sm90.forward_tiling(head_dim, head_dim_v, is_cut_causal, flags, *sizes, has_mask=has_mask).tile,)
     needed = tuple(_key(spec.dtype, head_dim, head_dim_v, is_causal, tile, flags) for tile in tiles if not has_mask)
     if has_mask:
+        tiles += ("wide",) if may_be_wide and "normal" in tiles else ()
         needed = tuple(
             key for tile in tiles for key in _masked_keys(spec.dtype, head_dim, head_dim_v, spec.mask, tile, flags)
         )

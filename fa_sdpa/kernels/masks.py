@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .compile import Kernel
 from .sm90 import config as sm90
 
-KEPT = 16  # masks at a time
-KEPT_BYTES = 64 << 20  # what is larger than this, the copy of a bias mostly, is not worth the memory
+KEPT = 16  # at a time: lists and bits of a mask for some tiles, or a copy of biases
+KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
+KEPT_PART = 3  # … unless the mask itself has this many times as much: bits of biases take a quarter of it or less
 UNBOUNDED = 1 << 30  # of a window
 
 
@@ -31,9 +32,9 @@ class Prepared(NamedTuple):
     """A mask for one kernel's tiles, with strides of 0 where it is broadcast: see the TileMask of sm90/forward.py, or
     of sm90/backward.py, whose shapes are given second."""
 
-    lists: Tensor  # (B, H, query blocks, HEADER + key blocks) or (B, heads_kv, key blocks, ENDS + query blocks) int32
+    lists: Tensor  # (B, H, query blocks, ≥ LIST_HEADER) or (B, heads_kv, key blocks, ≥ TRANSPOSED_HEADER) int32
     bits: Tensor  # (B, H, key blocks or twice as many, rows, 4) or (B, H, 1 or 2, query blocks, keys, 4) int32
-    bias: Tensor | None  # (B, H, Sq or 1, Sk rounded up to whole key blocks) or as _for_tma has it, of the mask's dtype
+    bias: Tensor | None  # (B, H, Sq, Sk) that TMA can address
 
 
 class Tiles(NamedTuple):
@@ -50,12 +51,15 @@ class Tiles(NamedTuple):
     heads_kv: int | None = None  # of a backward, in whose tiles the query heads of one of them share a list
 
 
+Result = TypeVar("Result", Tensor, Prepared)
+
+
 class _Eager(threading.local):
     on = False
 
 
 _eager = _Eager()
-_kept: dict[tuple, tuple[StorageWeakRef, Prepared]] = {}
+_kept: dict[tuple, tuple[StorageWeakRef, Tensor | Prepared]] = {}
 
 
 @contextlib.contextmanager
@@ -79,26 +83,36 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Pre
     Args:
         load: gives the kernel that prepares masks of this dtype for tiles of these sizes.
     """
-    if not _eager.on or attn_mask.is_inference() or torch.cuda.is_current_stream_capturing():
-        return _prepare(attn_mask, tiles, load())
-    storage = attn_mask.untyped_storage()
-    place = (storage._cdata, attn_mask.data_ptr(), attn_mask._version, attn_mask.dtype, attn_mask.shape)
-    wanted = (*place, attn_mask.stride(), tiles, torch.cuda.current_stream(attn_mask.device).cuda_stream)
+    is_kept = _eager.on and not attn_mask.is_inference() and not torch.cuda.is_current_stream_capturing()
+
+    def once(what: object, make: Callable[[], Result]) -> Result:
+        return _kept_or_made(attn_mask, what, make) if is_kept else make()
+
+    if attn_mask.dtype is torch.bool:
+        return once(tiles, lambda: _prepare(attn_mask, tiles, load()))
+    biases = once(tiles.seqlen_k, lambda: _addressable(_once(attn_mask), tiles.seqlen_k))
+    done = once(tiles, lambda: _prepare(biases, tiles, load()))
+    return done._replace(bias=biases.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1))
+
+
+def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Result:
+    """What ``make`` gives for ``mask``, which is kept as long as the mask is the same, unless that takes much memory or
+    is the mask's own."""
+    storage = mask.untyped_storage()
+    place: tuple = (storage._cdata, mask.data_ptr(), mask._version, mask.dtype, mask.shape, mask.stride())
+    wanted = (*place, torch.cuda.current_stream(mask.device).cuda_stream, what)
     found = _kept.get(wanted)
     if found is not None and not found[0].expired():
-        done = found[1]
-        is_whole = done.bias is not None or attn_mask.dtype is torch.bool
-        return done if is_whole else done._replace(bias=_bias(attn_mask, tiles))
+        return found[1]  # type: ignore[return-value]
     for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
         _kept.pop(key, None)
-    done = _prepare(attn_mask, tiles, load())
-    kept = done
-    if done.bias is not None and done.bias.untyped_storage()._cdata == storage._cdata:
-        kept = done._replace(bias=None)  # which would keep the mask itself
-    if sum(x.untyped_storage().nbytes() for x in kept if x is not None) <= KEPT_BYTES:
+    done = make()
+    memory = [x.untyped_storage() for x in (done if isinstance(done, tuple) else (done,)) if x is not None]
+    is_own = any(x._cdata == storage._cdata for x in memory)  # which would keep the mask itself
+    if not is_own and sum(x.nbytes() for x in memory) <= max(KEPT_BYTES, storage.nbytes() // KEPT_PART):
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)
-        _kept[wanted] = StorageWeakRef(storage), kept
+        _kept[wanted] = StorageWeakRef(storage), done
     return done
 
 
@@ -108,7 +122,7 @@ def forget() -> None:
 
 
 def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
-    """Launch the kernels that classify the tiles and make the lists; only metadata is looked at here."""
+    """Launch what classifies the tiles and makes the lists; only metadata is looked at here. Biases are not in it."""
     if tiles.heads_kv is not None:
         return _prepare_transposed(attn_mask, tiles, tiles.heads_kv, run)
     mask = _once(attn_mask)
@@ -122,17 +136,18 @@ def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.int32, device=mask.device)
 
-    lists = empty(batch, heads, m_blocks, sm90.LIST_HEADER + n_blocks)
-    bits = empty(batch, heads, n_blocks if is_bool else 2 * n_blocks, rows, 4)
+    planes = 1 if is_bool else 2
+    lists = empty(batch, heads, m_blocks, sm90.LIST_HEADER + (1 + 4 * planes) * n_blocks)
+    bits = empty(batch, heads, planes * n_blocks, rows, 4)
     kinds = empty(batch, heads, m_blocks, n_blocks)
-    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.MASK_WARPS)
+    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.mask_warps(tiles.tile_m))
     whole = mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)
     run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, *_bounds(tiles))
     all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m
     return Prepared(
         lists.expand(tiles.batch, tiles.heads, all_rows // tiles.tile_m, -1),
         bits.expand(tiles.batch, tiles.heads, -1, all_rows, -1),
-        _bias(attn_mask, tiles),
+        None,
     )
 
 
@@ -148,18 +163,21 @@ def _prepare_transposed(attn_mask: Tensor, tiles: Tiles, heads_kv: int, run: Ker
     def empty(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.int32, device=mask.device)
 
-    lists = empty(batch, heads_kv if heads > 1 else 1, n_blocks, sm90.LIST_ENDS + all_m_blocks)
-    bits = empty(batch, heads, 1 if is_bool else 2, m_blocks, n_blocks * tiles.tile_n, 4)
+    lists = empty(batch, heads_kv if heads > 1 else 1, n_blocks, sm90.TRANSPOSED_HEADER + all_m_blocks)
+    planes = 1 if is_bool else 2
+    bits = empty(batch, heads, planes, m_blocks, n_blocks * tiles.tile_n, 4)
     kinds = empty(batch, heads, m_blocks, n_blocks)
+    hidden = empty(batch, heads, m_blocks, n_blocks, 4, planes)
     words = tiles.tile_m // sm90.MASK_ROWS * (tiles.tile_n // 32)
     found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, words)
     whole = mask.expand(-1, -1, rows, tiles.seqlen_k)
-    all_kinds = kinds.expand(-1, -1, all_m_blocks, -1)
-    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, all_kinds, lists, *_bounds(tiles))
+    all_kinds = kinds.expand(-1, -1, all_m_blocks, -1), hidden.expand(-1, -1, all_m_blocks, -1, -1, -1)
+    scratch = kinds, found, hidden
+    run(whole.view(torch.uint8) if is_bool else whole, *scratch, bits, *all_kinds, lists, *_bounds(tiles))
     return Prepared(
         lists.expand(tiles.batch, heads_kv, -1, -1),
         bits.expand(tiles.batch, tiles.heads, -1, all_m_blocks, -1, -1),
-        _bias(attn_mask, tiles),
+        None,
     )
 
 
@@ -174,15 +192,6 @@ def _bounds(tiles: Tiles) -> tuple[int, int]:
     return left, UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
 
 
-def _bias(attn_mask: Tensor, tiles: Tiles) -> Tensor | None:
-    if attn_mask.dtype is torch.bool:
-        return None
-    if tiles.heads_kv is not None:
-        return _for_tma(_once(attn_mask), tiles.seqlen_k, tiles.tile_m)
-    keys = -(-tiles.seqlen_k // tiles.tile_n) * tiles.tile_n
-    return _in_pairs(_once(attn_mask), tiles.seqlen_k, keys).expand(tiles.batch, tiles.heads, -1, -1)
-
-
 def _once(mask: Tensor) -> Tensor:
     """``mask`` without what it repeats: size 1 where its stride is 0."""
     for dim in range(4):
@@ -191,33 +200,15 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _in_pairs(mask: Tensor, seqlen_k: int, keys: int) -> Tensor:
-    """``mask`` as the forward reads it: in aligned pairs, with ``keys`` in a row, whole blocks, of which those beyond
-    seqlen_k may have any value; strides of 0 where a size is 1. A view of itself, or a copy where its strides or its
-    address are odd, or its memory ends within the last block."""
-    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    last_row = sum((size - 1) * stride for size, stride in zip(mask.shape[:3], strides[:3], strict=True))
-    item = mask.element_size()
-    room = mask.untyped_storage().nbytes() // item - mask.storage_offset() - last_row
-    in_pairs = mask.data_ptr() % (2 * item) == 0 and not any(stride % 2 for stride in strides[:3])
-    if in_pairs and strides[3] == 1 and room >= keys:
-        return mask.as_strided((*mask.shape[:3], keys), strides)
-    copy = mask.new_zeros((*mask.shape[:3], keys))
-    copy[..., :seqlen_k] = mask
-    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]
-    return copy.as_strided(copy.shape, (*strides, 1))
-
-
-def _for_tma(mask: Tensor, seqlen_k: int, tile_m: int) -> Tensor:
-    """``mask`` as the backward reads it: (1 | B, 1 | H, Sq, seqlen_k), tile_m rows if all are the same, its address and
-    strides multiples of 16 bytes, 0 where a size is 1. A view of itself, or a copy."""
+def _addressable(mask: Tensor, seqlen_k: int) -> Tensor:
+    """``mask`` with ``seqlen_k`` keys as TMA loads it: its address and strides multiples of 16 bytes, 0 where a size is
+    1. A view of itself, or a copy."""
     unit = 16 // mask.element_size()
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     is_aligned = mask.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides[:3])
-    if mask.size(2) > 1 and strides[3] == 1 and is_aligned:
+    if strides[3] == 1 and is_aligned:
         return mask.as_strided(mask.shape, strides)
-    rows = mask.size(2) if mask.size(2) > 1 else tile_m
-    copy = mask.new_empty((*mask.shape[:2], rows, -(-seqlen_k // unit) * unit))[..., :seqlen_k]
-    copy.copy_(mask.expand(-1, -1, rows, seqlen_k))
-    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:2], copy.stride()[:2], strict=True)]
-    return copy.as_strided(copy.shape, (*strides, copy.stride(2), 1))
+    copy = mask.new_empty((*mask.shape[:3], -(-seqlen_k // unit) * unit))[..., :seqlen_k]
+    copy.copy_(mask)
+    strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]
+    return copy.as_strided(copy.shape, (*strides, 1))

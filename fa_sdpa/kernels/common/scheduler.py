@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     num_heads: Int32
     num_batch: Int32
     paired: Boolean  # of the two causal orders
+    by_head: Boolean | None = None  # neighbours in each order are a head's sequences, not a sequence's heads
 
 
 @cute.jit
@@ -72,4 +73,8 @@ def find_tile(step: Int32, tiles: Tiles, is_causal: cutlass.Constexpr[bool]) -> 
             m_block = blocks - 1 - index // sequences
             sequence = index % sequences
     is_valid = (sequence < sequences) & (m_block >= 0)
-    return is_valid, m_block, sequence % tiles.num_heads, sequence // tiles.num_heads
+    head, batch = sequence % tiles.num_heads, sequence // tiles.num_heads
+    if cutlass.const_expr(tiles.by_head is not None):
+        if tiles.by_head:
+            head, batch = sequence // tiles.num_batch, sequence % tiles.num_batch
+    return is_valid, m_block, head, batch

@@ -49,6 +49,7 @@ Named barriers:
     DQ_EMPTY + i   part i of dQ's shared memory has been read: its warp arrives (32), who fills it waits (128)
     DQ_FULL + i    it holds dQ, or dV or dK of a finished tile: who filled it arrives (128), its warp waits (32)
                    (in deterministic mode, for each stage of Q: backward_turns.py)
+    CLEARED + i    with a mask, the 128 threads of warpgroup 1 + i around rows that they zero (backward_masked.py)
 
 Timeline of one MMA warpgroup with 64 keys, block i of a tile (‖: at the same time):
     wait for S_i; nothing may be in flight here but S, or ptxas, which does not count groups across a loop's end,
@@ -131,7 +132,7 @@ class Pipelines(NamedTuple):
     p_full: cute.Pointer | None  # mbarriers of one stage, where products are shared
     p_empty: cute.Pointer | None
     units: Queue
-    bias: pipeline.PipelineTmaAsync | None  # of one stage, where a mask has biases
+    bias: pipeline.PipelineTmaAsync | None  # of 1 or 2 stages, where a mask has biases
 
 
 class Smem(NamedTuple):
@@ -148,7 +149,7 @@ class Smem(NamedTuple):
     sums: tuple[cute.Tensor, cute.Tensor]  # (4, WARPGROUP, values / 4 of a thread, stages) fp32, half of the sums of dQ
     o: cute.Tensor  # (tile_m, width_v, stages); where there is no room for it, where dO is
     bits: cute.Tensor | None  # (4, tile_n, stages) Int32 of a mask
-    bias: cute.Tensor | None  # (tile_m, tile_n, 1) of a mask's dtype
+    bias: cute.Tensor | None  # (tile_m, tile_n, bias_stages) of a mask's dtype
 
 
 class Layouts(NamedTuple):
@@ -180,10 +181,11 @@ class Gmem(NamedTuple):
 class TileMask(NamedTuple):
     """What an attn_mask leaves of each tile (mask_transposed.py); where it is broadcast, strides are 0."""
 
-    lists: cute.Tensor  # (b, h_kv, key blocks, LIST_ENDS + query blocks) Int32
+    lists: cute.Tensor  # (b, h_kv, key blocks, TRANSPOSED_HEADER + query blocks) Int32
     bits: cute.Tensor  # (b, h, 1 or 2, query blocks, rows of all key blocks, 4) Int32
-    bias: cute.Tensor | None  # (s_q, s_k, h, b) TMA coordinates; sizes of what is broadcast are 1, or tile_m rows
+    bias: cute.Tensor | None  # (s_q, s_k, h, b) TMA coordinates
     bias_atom: cute.CopyAtom | None
+    by_head: Boolean | None  # groups are ordered heads by heads instead of sequence by sequence
 
 
 class Atoms(NamedTuple):
@@ -269,7 +271,10 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         self.is_causal, self.has_window, self.has_softcap = key.is_causal, key.window, key.softcap
         self.deterministic, self.adders, self.turn_warps = key.deterministic, config.adders, config.turn_warps
         self.has_mask, self.has_bias = bool(key.attn_mask), key.attn_mask not in ("", "bool")
-        self.bias_dtype = MASK_DTYPES[key.attn_mask] if self.has_bias else None
+        self.bias_dtype, self.bias_stages = (
+            MASK_DTYPES.get(key.attn_mask) if self.has_bias else None,
+            config.bias_stages,
+        )
         self.interleaved = key.is_causal or key.window or key.deterministic or self.has_mask
         self.k_slices, self.v_slices = config.k_slices, config.v_slices
         *self.mma_registers, self.producer_registers, self.dq_registers = config.registers
@@ -284,7 +289,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             scores=smem_layout(self.dtype, self.tile_m, self.tile_n, self.stages),
             dk=smem_layout(self.dtype, 64, self.head_dim, 1),
             dv=smem_layout(self.dtype, 64, self.head_dim_v, 1),
-            bias=smem_layout(self.bias_dtype, self.tile_m, self.tile_n, 1) if self.has_bias else None,
+            bias=smem_layout(self.bias_dtype, self.tile_m, self.tile_n, self.bias_stages) if self.has_bias else None,
         )
 
     def _mmas(self, dk_columns: int, dv_columns: int, dq_columns: int) -> Mmas:
@@ -332,10 +337,10 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             sP: cute.struct.Align[cute.struct.MemRange[self.dtype, self.p_stages * self.tile_m * self.tile_n], 1024]
             sdQ: cute.struct.Align[cute.struct.MemRange[Float32, THREADS * self.dq_values * self.stages_dq], 1024]
             sBias: cute.struct.Align[
-                cute.struct.MemRange[self.bias_dtype or self.dtype, self.tile_m * self.tile_n * self.has_bias], 1024
+                cute.struct.MemRange[self.bias_dtype or self.dtype, self.tile_m * self.tile_n * self.bias_stages], 1024
             ]
             bits: cute.struct.MemRange[Int32, 4 * self.tile_n * self.stages * self.has_mask]
-            bias_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.has_bias]
+            bias_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.bias_stages]
 
         return SharedStorage
 
@@ -613,7 +618,8 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
     def _bias_pipeline(self, barriers) -> pipeline.PipelineTmaAsync:
         """Of biases, to the warps that have S."""
         warps = THREADS // 32 if self.splits_keys else WARPGROUP // 32
-        return self._pipeline(barriers, 1, self.tile_m * self.tile_n * self.bias_dtype.width // 8, warps)
+        num_bytes = self.tile_m * self.tile_n * self.bias_dtype.width // 8
+        return self._pipeline(barriers, self.bias_stages, num_bytes, warps)
 
     def _shared_p(self, buffer, scores: cute.ComposedLayout) -> cute.Tensor | None:
         """P as one warpgroup gives it to another: laid out as dS for WGMMA, or thread by thread."""
@@ -671,7 +677,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit, gmem, window)
+                start, *_, end = self._query_blocks(unit, gmem, window)
                 head_kv = unit.head // (gmem.dk.shape[2] // gmem.k.shape[2])
                 gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
@@ -755,7 +761,7 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         cute.arch.barrier_arrive(barrier_id=self._empty(wg, stage), number_of_threads=FILLING)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
-                start, _, _, end = self._query_blocks(unit, gmem, window)
+                start, *_, end = self._query_blocks(unit, gmem, window)
                 self._await_slot(unit, order, gmem, scratch)
                 total = (end - start) * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
@@ -897,12 +903,13 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
         query_range = self._query_blocks(unit, gmem, scoring.window)
-        start, _, _, end = query_range
+        start, *_, end = query_range
         masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = unit.index * self.tile_n + self._row(wg), self._join_group(unit, gmem)
         total = (end - start) * qhead_per_kvhead
         left = total
         pipelines.k.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.k, smem.v), pipelines.v, kv_state, wg)
         if left > 0:
             pipelines.q.consumer_wait(q_state)
         self._issue_s(mmas, regs, q_state)
@@ -929,6 +936,9 @@ class Backward(Roles, ShortTiles, RowUnits, Turns):
             self._store(regs.acc_dV, gmem.dv[None, None, head, batch], first_key, Float32(1.0))
             self._store(regs.acc_dK, gmem.dk[None, None, head, batch], first_key, scoring.softmax_scale)
         return q_state
+
+    def _clear_hidden(self, *args) -> None:
+        """Nothing without a mask."""
 
     @cute.jit
     def _visit(

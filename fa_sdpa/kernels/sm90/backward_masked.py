@@ -1,17 +1,21 @@
 """Attention backward for Hopper with an attn_mask: `Backward` over the query blocks that a list names; see
 mask_transposed.py.
 
-A tile visits its whole blocks first, then those with bits, then the biased ones, each kind in a loop of its own, and in
-each the last block first; whole blocks run the code of a call without a mask. The list has them in the other order, so
-that ``left``, which counts down, points into it; heads of a group share an entry.
+A tile visits its whole blocks first, then those with bits, then the biased ones, and of these last those that hide
+keys or have biases far from 0. Each kind has a loop of its own, and in each comes the last block first; whole blocks
+run the code of a call without a mask. The list has them in the other order, so that ``left``, which counts down, points
+into it; heads of a group share an entry.
 
 Bits and biases come through shared memory, so that neither their latency nor their addresses cost the MMA warpgroups
 anything. Bits, 16 bytes for each key, are in the stages of Q and count for its mbarrier. Biases have one stage of their
-own, filled by TMA with the layout of dS and read into the layout of S by transposing loads, as dS is written; those of
-32 bits value by value. It is empty again as soon as a block's P is there, and full a block later.
+own, or two where there is room, filled by TMA with the layout of dS and read into the layout of S by transposing loads,
+as dS is written; those of 32 bits value by value. A stage is empty again as soon as a block's P is there.
 
-Biased scores are cut off where the forward (forward_masked.py) does it, or lse would not fit them; here also where no
-bias is far from 0, which changes nothing. P of a hidden key is 0, whatever K has there.
+Biases cost a conversion and a multiplication each, as a part of what is taken from the scores: they and lse in one.
+Only in blocks that hide keys scores are cut off where the forward (forward_masked.py) does it, or lse would not fit
+them. P of a hidden key is 0, whatever K has there. Where a key is hidden from all
+of a tile's blocks, its K and V are zeroed before they are multiplied (hidden_keys.py), by each warpgroup that reads
+them but the one that multiplies dQ: dS, for which it waits, is made of what others have zeroed.
 """
 
 import math
@@ -29,11 +33,15 @@ from .backward import Atoms, Backward, Gmem, Operands, Pipelines, Scoring, Smem,
 from .backward_order import CONVERT, END, MULTIPLY, PREPARE, Order, Unit, put_unit, take_unit
 from .backward_roles import HIDDEN, Place
 from .backward_rows import Scratch, await_count
-from .config import LIST_ENDS
+from .config import TRANSPOSED_HEADER
+from .forward import shared_by_sequences
+from .hidden_keys import clear_keys
 from .mask import DTYPES
 from .tma import load_tile
 
-BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (phase of its stage,)
+CLEARED = 1  # first of two named barriers
+BITS_BLOCK = ()  # ``limits`` of a block with bits; those of a biased one are (how many came before, whether it hides)
+Blocks = tuple[Int32, Int32, Int32, Int32, Int32]  # of a tile: see MaskedBackward._query_blocks
 
 
 class MaskedBackward(Backward):
@@ -56,7 +64,7 @@ class MaskedBackward(Backward):
         mScratch: cute.Tensor,
         mLists: cute.Tensor,  # see TileMask, as the next
         mBits: cute.Tensor,
-        mBias: cute.Tensor | None,  # (b, h, s_q, s_k)
+        mBias: cute.Tensor | None,  # (b, h, s_q, s_k), strides of 0 where broadcast
         softmax_scale: Float32,
         softmax_scale_log2: Float32,
         num_sms: Int32,
@@ -70,14 +78,15 @@ class MaskedBackward(Backward):
         cap_factor: Float32 | None,
         stream,
     ):
-        atom = bias = None
+        atom = bias = by_head = None
         if cutlass.const_expr(mBias is not None):
             rows = cute.make_tensor(mBias.iterator, cute.select(mBias.layout, mode=[2, 3, 1, 0]))
             layout = cute.select(self._layouts().bias, mode=[0, 1])
             op = cpasync.CopyBulkTensorTileG2SOp()
             atom, bias = cpasync.make_tiled_tma_atom(op, rows, layout, (self.tile_m, self.tile_n))
+            by_head = shared_by_sequences(mBias)
         scoring = Scoring(softmax_scale, softmax_scale_log2, None, cap_factor, bias_factor, bias_limit)
-        mask = TileMask(mLists, mBits, bias, atom)
+        mask = TileMask(mLists, mBits, bias, atom, by_head)
         schedule = section, sections, ahead, lag, slots
         tensors = mdO, mQ, mK, mV, mO, mLSE, mdQ, mdK, mdV, mPartK, mPartV, mScratch
         self.launch(*tensors, scoring, num_sms, schedule, mask, stream)
@@ -88,21 +97,24 @@ class MaskedBackward(Backward):
         return gmem.mask.lists[unit.batch, unit.head, unit.index, None]
 
     @cute.jit
-    def _query_blocks(self, unit: Unit, gmem: Gmem, window: None) -> tuple[Int32, Int32, Int32, Int32]:
-        """``(0, bits_start, whole_start, end)``: where a tile's list has each kind of blocks, biased ones first."""
+    def _query_blocks(self, unit: Unit, gmem: Gmem, window: None) -> Blocks:
+        """``(0, clear_start, bits_start, whole_start, end)``: where a tile's list has each kind of blocks, biased ones
+        first, of which those that hide keys come before all others."""
         entries = self._entries(unit, gmem)
-        return Int32(0), entries[0], entries[1], entries[2]
+        clear_start = entries[3] >> 1 if cutlass.const_expr(self.has_bias) else Int32(0)
+        return Int32(0), clear_start, entries[0], entries[1], entries[2]
 
     @cute.jit
-    def _masked(self, blocks: tuple[Int32, Int32, Int32, Int32], qhead_per_kvhead: Int32) -> tuple[Int32, Int32]:
-        """How many visits are left of a tile after those of whole blocks, and after those of blocks with bits."""
-        _, bits_start, whole_start, _ = blocks
+    def _masked(self, blocks: Blocks, qhead_per_kvhead: Int32) -> tuple[Int32, Int32, Int32]:
+        """How many visits are left of a tile after those of whole blocks, after those of blocks with bits, and after
+        those of biased ones that hide nothing."""
+        _, clear_start, bits_start, whole_start, _ = blocks
         bits_start = bits_start * qhead_per_kvhead if cutlass.const_expr(self.has_bias) else Int32(0)
-        return whole_start * qhead_per_kvhead, bits_start
+        return whole_start * qhead_per_kvhead, bits_start, clear_start * qhead_per_kvhead
 
     @cute.jit
     def _in_list(self, index: Int32, unit: Unit, gmem: Gmem) -> Int32:
-        return self._entries(unit, gmem)[LIST_ENDS + index]
+        return self._entries(unit, gmem)[TRANSPOSED_HEADER + index]
 
     @cute.jit
     def load(
@@ -117,11 +129,11 @@ class MaskedBackward(Backward):
         qhead_per_kvhead: Int32,
     ) -> None:
         """Producer warp, as without a mask. What it says of a tile is its number, in the lowest bit, and how many
-        biased blocks this CTA had before it, in the next."""
+        biased blocks this CTA had before it, in the next two: as far as these tell stages and their phases."""
         kv_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, 1)
         q_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.stages)
         turn, tile, biased = Int32(0), Int32(0), Int32(0)
-        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        unit = self._take_unit(gmem, scratch, order)
         put_unit(pipelines.units, turn, unit, tile)
         while unit.kind != END:
             if unit.kind == MULTIPLY:
@@ -129,14 +141,15 @@ class MaskedBackward(Backward):
                 gK, gV = gmem.k[None, None, head_kv, unit.batch], gmem.v[None, None, head_kv, unit.batch]
                 self._await_rows(unit, order, gmem, scratch)
                 load_tile(atoms.k, gK, smem.k, unit.index, pipelines.k, kv_state)
-                _, bits_start, whole_start, end = self._query_blocks(unit, gmem, window)
+                _, clear_start, bits_start, whole_start, end = self._query_blocks(unit, gmem, window)
                 total = end * qhead_per_kvhead
                 for i in cutlass.range(total, unroll=1):
                     index = (total - 1 - i) // qhead_per_kvhead
                     m_block = self._in_list(index, unit, gmem)
                     head = unit.head * qhead_per_kvhead + i % qhead_per_kvhead
                     is_biased = index < bits_start
-                    args = unit, head, m_block, q_state, index < whole_start, is_biased
+                    has_bits = (index < clear_start) | ((index >= bits_start) & (index < whole_start))
+                    args = unit, head, m_block, q_state, has_bits, is_biased
                     self._load_q(atoms, gmem, scratch, smem, pipelines, *args)
                     if i == 0:
                         load_tile(atoms.v, gV, smem.v, unit.index, pipelines.v, kv_state)
@@ -157,8 +170,20 @@ class MaskedBackward(Backward):
             elif unit.kind == PREPARE:
                 self._load_rows(atoms, unit, gmem, smem, pipelines, q_state.clone(), qhead_per_kvhead)
             turn += 1
-            unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
-            put_unit(pipelines.units, turn, unit, tile % 2 + biased % 2 * 2)
+            unit = self._take_unit(gmem, scratch, order)
+            put_unit(pipelines.units, turn, unit, tile & 1 | (biased & 3) << 1)
+
+    @cute.jit
+    def _take_unit(self, gmem: Gmem, scratch: Scratch, order: Order) -> Unit:
+        """The next unit of all."""
+        unit = take_unit(scratch.next_unit.iterator, order, self.interleaved, self.deterministic)
+        if cutlass.const_expr(self.has_bias):
+            head, batch = unit.head, unit.batch
+            if gmem.mask.by_head:
+                group, sequences = self._join_group(unit, gmem), gmem.q.shape[3]
+                head, batch = group // sequences, group % sequences
+            unit = unit._replace(head=head, batch=batch)
+        return unit
 
     @cute.jit
     def _load_q(
@@ -211,38 +236,49 @@ class MaskedBackward(Backward):
         m_block: Int32,
         count: Int32,  # of the biased blocks before
     ) -> None:
-        """Biases of a block; where they are broadcast, of the last one there is."""
-        bias = gmem.mask.bias
-        head, batch = cutlass.min(head, bias.shape[2] - 1), cutlass.min(unit.batch, bias.shape[3] - 1)
-        m_block = cutlass.min(m_block, (bias.shape[0] - 1) // self.tile_m)
-        state = pipeline.PipelineState(1, Int32(0), Int32(0), ~count & 1)
-        pipelines.bias.producer_acquire(state)
-        tiles = cute.local_tile(bias[None, None, head, batch], (self.tile_m, self.tile_n), (None, None))
-        shared, there = cpasync.tma_partition(
-            gmem.mask.bias_atom,
-            0,
-            cute.make_layout(1),
-            cute.group_modes(smem.bias, 0, 2),
-            cute.group_modes(tiles, 0, 2),
-        )
-        full = pipelines.bias.producer_get_barrier(state)
-        cute.copy(gmem.mask.bias_atom, there[None, m_block, unit.index], shared[None, 0], tma_bar_ptr=full)
+        """Biases of a block."""
+        state = self._bias_state(count, first_phase=1)
+        biases = gmem.mask.bias[None, None, head, unit.batch]
+        load_tile(gmem.mask.bias_atom, biases, smem.bias, m_block, pipelines.bias, state, unit.index)
+
+    def _bias_state(self, count: Int32, first_phase: int) -> pipeline.PipelineState:
+        """The state of the biases' pipeline after so many blocks."""
+        index, phase = count & self.bias_stages - 1, count >> self.bias_stages - 1 & 1 ^ first_phase  # of 1 or 2
+        return pipeline.PipelineState(self.bias_stages, Int32(0), index, phase)
+
+    @cute.jit
+    def _clear_hidden(
+        self,
+        unit: Unit,
+        gmem: Gmem,
+        tiles: tuple[cute.Tensor, ...],  # K or V or both, in shared memory
+        pipe: pipeline.PipelineTmaAsync,  # of the last one
+        state: pipeline.PipelineState,
+        wg: Int32 | int,  # which of the first two MMA warpgroups this is
+    ) -> None:
+        """Zero their rows of keys that are hidden from all blocks of a tile, if there are any."""
+        entries = self._entries(unit, gmem)
+        if entries[3] & 1 != 0:
+            pipe.consumer_wait(state)
+            hidden = cute.make_tensor(entries.iterator + 4, cute.make_layout(4))
+            for tile in tiles:
+                clear_keys(tile, 0, hidden, CLEARED + wg)
 
     @cute.jit
     def _visit(
         self,
         context: tuple,  # Context, or as Context
-        blocks: tuple[Int32, Int32, Int32, Int32],  # see _query_blocks
-        kinds: tuple[Int32, Int32],  # see _masked
+        blocks: Blocks,
+        kinds: tuple[Int32, Int32, Int32],  # see _masked
         first_key: Int32,
         tile: Int32,  # see load
         q_state: pipeline.PipelineState,
         seqlen_k: Int32,
         qhead_per_kvhead: Int32,
     ) -> pipeline.PipelineState:
-        total = blocks[3] * qhead_per_kvhead
+        total = blocks[4] * qhead_per_kvhead
         left = total
-        whole_start, bits_start = kinds
+        whole_start, bits_start, clear_start = kinds
         while left > whole_start:
             left -= 1
             self._visit_block(context, q_state, total, left, None)
@@ -252,10 +288,14 @@ class MaskedBackward(Backward):
             self._visit_block(context, q_state, total, left, BITS_BLOCK)
             q_state.advance()
         if cutlass.const_expr(self.has_bias):
+            before = (tile >> 1) + bits_start - 1
+            while left > clear_start:
+                left -= 1
+                self._visit_block(context, q_state, total, left, (before - left, False))
+                q_state.advance()
             while left > 0:
                 left -= 1
-                phase = tile // 2 + bits_start - 1 - left & 1
-                self._visit_block(context, q_state, total, left, (phase,))
+                self._visit_block(context, q_state, total, left, (before - left, True))
                 q_state.advance()
         return q_state
 
@@ -280,9 +320,16 @@ class MaskedBackward(Backward):
             mask_bits(regs.acc_S, self._words(smem, stage, place), fill)
             self._weights(regs, lse, scoring)
         else:
-            state = pipeline.PipelineState(1, Int32(0), Int32(0), limits[0])
+            state = self._bias_state(limits[0], first_phase=0)
             pipelines.bias.consumer_wait(state)
-            self._biased_weights(regs, smem, self._words(smem, stage, place), lse, scoring, place)
+            flipped = cute.composition(
+                smem.bias[None, None, state.index],
+                cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0)),
+            )
+            if cutlass.const_expr(limits[1]):
+                self._hidden_weights(regs, flipped, self._words(smem, stage, place), lse, scoring, place)
+            else:
+                self._biased_weights(regs, flipped, lse, scoring, place)
             cute.arch.sync_warp()
             pipelines.bias.consumer_release(state)
 
@@ -296,13 +343,43 @@ class MaskedBackward(Backward):
 
     @cute.jit
     def _biased_weights(
-        self, regs: Operands, smem: Smem, words: cute.Tensor, lse: cute.Tensor, scoring: Scoring, place: Place
+        self,
+        regs: Operands,
+        flipped: cute.Tensor,  # (tile_n, tile_m) biases in shared memory; so below
+        lse: cute.Tensor,
+        scoring: Scoring,
+        place: Place,
     ) -> None:
         """_weights of scores with biases, a slice at a time."""
         scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
-        flipped = cute.composition(
-            smem.bias[None, None, 0], cute.make_ordered_layout((self.tile_n, self.tile_m), order=(1, 0))
-        )
+        bias_log2 = scoring.bias_factor * scoring.scale_log2
+        for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
+            biases = self._biases(flipped, k, place)
+            caps = cute.make_rmem_tensor(8, Float32)
+            for half in cutlass.range_constexpr(2):
+                pair = lse[None, 2 * k + half].load()
+                for i in cutlass.range_constexpr(4):
+                    e = 4 * half + i
+                    score = scores[e, k]
+                    exponent = score * scoring.scale_log2 + (biases[e] * bias_log2 - pair[i % 2])
+                    scores[e, k] = cute.math.exp2(exponent, fastmath=True)
+                    caps[e] = 1.0 - score * score
+            if cutlass.const_expr(self.has_softcap):
+                rounded[None, k].store(scores[None, k].load().to(self.dtype))
+                scores[None, k].store(scores[None, k].load() * caps.load())
+
+    @cute.jit
+    def _hidden_weights(
+        self,
+        regs: Operands,
+        flipped: cute.Tensor,
+        words: cute.Tensor,
+        lse: cute.Tensor,
+        scoring: Scoring,
+        place: Place,
+    ) -> None:
+        """The same where some keys are hidden, and scores to be cut off."""
+        scores, rounded = self._slices(regs.acc_S), self._slices(regs.rP)
         for k in cutlass.range_constexpr(cute.size(scores, mode=[1])):
             biases = self._biases(flipped, k, place)
             caps = cute.make_rmem_tensor(8, Float32)

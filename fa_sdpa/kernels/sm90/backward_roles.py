@@ -100,7 +100,7 @@ class Roles:
         while unit.kind != END:
             if unit.kind == MULTIPLY:
                 kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
-                start, _, _, end = self._query_blocks(unit, gmem, window)
+                start, *_, end = self._query_blocks(unit, gmem, window)
                 if cutlass.const_expr(not self.stages_dq):
                     self._await_slot(unit, order, gmem, scratch)
                 if cutlass.const_expr(not self.stages_dq and self.deterministic):
@@ -222,11 +222,12 @@ class Roles:
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
         seqlen_k = gmem.k.shape[0]
         query_range = self._query_blocks(unit, gmem, scoring.window)
-        start, _, _, end = query_range
+        start, *_, end = query_range
         masked = self._masked(query_range, qhead_per_kvhead)
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.k.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.k,), pipelines.k, kv_state, 0)
         self._load_columns(smem.k, regs.rK, place)
         if left > 0:
             pipelines.q.consumer_wait(state)
@@ -339,10 +340,11 @@ class Roles:
         """dP, dS and dK of a tile; the state of Q and dO after it."""
         mmas, regs, smem, pipelines, scoring, place = context
         kv_state = pipeline.PipelineState(1, Int32(0), Int32(0), tile % 2)
-        start, _, _, end = self._query_blocks(unit, gmem, scoring.window)
+        start, *_, end = self._query_blocks(unit, gmem, scoring.window)
         first_key, group = self._first_key(unit, place), self._join_group(unit, gmem)
         left = (end - start) * qhead_per_kvhead
         pipelines.v.consumer_wait(kv_state)
+        self._clear_hidden(unit, gmem, (smem.v,), pipelines.v, kv_state, 1)
         self._load_columns(smem.v, regs.rV, place)
         if left > 0:
             pipelines.do.consumer_wait(state)

@@ -34,6 +34,7 @@ class ForwardConfig:
     tile_m: int  # query rows of a CTA: 64 per MMA warpgroup
     tile_n: int  # keys per block
     stages: int  # K and V blocks in flight
+    bias_bytes: int = 0  # of an element of a floating attn_mask, whose tiles are loaded beside K and V
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "head_dim_v"):
@@ -81,7 +82,21 @@ class ForwardConfig:
     @property
     def stores_by_tma(self) -> bool:
         """Whether O has shared memory of its own to be stored from; if not, registers are stored to global memory."""
-        return self._smem_bytes(q_stages=2, stores_by_tma=True) <= SMEM_PER_BLOCK
+        return self._smem_bytes(2, True, self.bias_stages) <= SMEM_PER_BLOCK
+
+    @property
+    def bias_stages(self) -> int:
+        """Tiles of biases in flight: 2 where they fit beside one stage of Q, 0 where there are none."""
+        if not self.bias_bytes:
+            return 0
+        return 2 if self._smem_bytes(1, False, 2) <= SMEM_PER_BLOCK else 1
+
+    @property
+    def reads_biases_early(self) -> bool:
+        """Whether a block's biases are read beside its multiplications: if TILE_REGISTERS hold them, too."""
+        biases = self.tile_n // 8 * self.bias_bytes
+        used = self.tile_n // 2 + self.tile_n // 4 + self.head_dim_v_mma // 2 + biases
+        return self.tile_m < 192 and used <= TILE_REGISTERS
 
     @property
     def q_stages(self) -> int:
@@ -103,14 +118,14 @@ class ForwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.q_stages, self.stores_by_tma)
+        return self._smem_bytes(self.q_stages, self.stores_by_tma, self.bias_stages)
 
-    def _smem_bytes(self, q_stages: int, stores_by_tma: bool) -> int:
-        """16-bit Q, K and V in every stage, and O."""
+    def _smem_bytes(self, q_stages: int, stores_by_tma: bool, bias_stages: int) -> int:
+        """16-bit Q, K and V in every stage, and O; biases."""
         q = q_stages * self.tile_m * self.head_dim_smem
         k_v = self.stages * self.tile_n * (self.head_dim_smem + self.head_dim_v_smem)
         o = self.tile_m * self.head_dim_v_mma if stores_by_tma else 0
-        return 2 * (q + k_v + o) + BARRIER_BYTES
+        return 2 * (q + k_v + o) + bias_stages * self.tile_m * self.tile_n * self.bias_bytes + BARRIER_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +152,8 @@ class BackwardConfig:
                 raise ValueError(f"self.{name}={value} must be a multiple of 8 in [8, {MAX_HEAD_DIM}]")
         if self.tile_n not in (64, *SHORT_TILES, 128):
             raise ValueError(f"{self.tile_n=} must be 64, one of {SHORT_TILES} or 128")
+        if self.attn_mask and self.transposes_sums:
+            raise ValueError(f"{self.tile_n=} must be 64 or 128 with a mask: a warp classifies 32 keys")
         if self.tile_m not in (64, 128):
             raise ValueError(f"{self.tile_m=} must be 64 or 128")
         if self.tile_m != 64 and not self.splits_keys:
@@ -299,7 +316,20 @@ class BackwardConfig:
     @property
     def smem_bytes(self) -> int:
         """Shared memory of a CTA."""
-        return self._smem_bytes(self.stages_dq())
+        used = self._smem_bytes(self.stages_dq())
+        return used + max(0, self.bias_stages - 1) * self.bias_tile_bytes
+
+    @property
+    def bias_stages(self) -> int:
+        """Blocks of biases in flight: 2 where the second one fits beside all else, 0 where there are none."""
+        if not self.bias_tile_bytes:
+            return 0
+        return 2 if self._smem_bytes(self.stages_dq()) + self.bias_tile_bytes <= SMEM_PER_BLOCK else 1
+
+    @property
+    def bias_tile_bytes(self) -> int:
+        """Biases of a block."""
+        return self.tile_m * self.tile_n * BIAS_BYTES.get(self.attn_mask, 0)
 
     def _smem_bytes(self, stages_dq: int) -> int:
         """16-bit K and V; in every stage 16-bit Q, dO and dS, and fp32 lse and δ; 16-bit P on its way from one
@@ -315,19 +345,20 @@ class BackwardConfig:
     def mask_bytes(self) -> int:
         """Shared memory of a mask: in every stage 16 bytes of bits for each key, and biases of one block."""
         bits = 16 * self.tile_n * self.stages if self.attn_mask else 0
-        return bits + self.tile_m * self.tile_n * BIAS_BYTES.get(self.attn_mask, 0)
+        return bits + self.bias_tile_bytes
 
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-# Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and whether
-# biases of the others are far from 0.
+# Of a list of key blocks (mask.py): where its whole blocks end, where those with bits end, where it ends, and of its
+# biased blocks, twice the place where those that hide no key end, plus 1 if biases are far from 0.
 LIST_HEADER = 4
-# Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends.
-LIST_ENDS = 3
-MASK_WARPS = 8  # that classify a tile
+# Of a list of query blocks (mask_transposed.py): where its biased blocks end, where those with bits end, where it ends;
+# twice the place where those of the biased ones that hide keys end, plus 1 if keys are hidden from all blocks, and
+# which ones: a bit each.
+TRANSPOSED_HEADER = 8
 MASK_ROWS = 16  # of a transposed one, classified at a time
 
 Tile = Literal["small", "split", "normal", "wide"]
@@ -425,6 +456,17 @@ def forward_tiling(
     return Tiling(forward_tile(head_dim, head_dim_v, is_causal, has_options, *sizes), packs, sizes)
 
 
+def takes_wide_biases(head_dim: int, head_dim_v: int, flags: tuple[bool, bool, bool], mask: MaskKind) -> bool:
+    """Whether calls with such a mask that tells heads apart, and would have the normal tile, have the one that
+    ``forward_tile`` gives a call without options. Flags: as of ``forward_tiling``.
+
+    A block of 128 keys at d64 is 64 KB from L2 for 128 rows, half of them biases, and L2 sets the time. The wide tile
+    takes 53 KB for as many rows. Masks that are the same for all heads are mostly those that hide keys, which tiles of
+    fewer rows do better.
+    """
+    return mask in BIAS_BYTES and _wide_class(head_dim, head_dim_v) == 64 and not any(flags[1:])
+
+
 def takes_small_tile(spec: AttentionSpec, num_sms: int) -> bool:
     """Whether a small tile serves the forward of a call."""
     has_mask = spec.mask != "none"
@@ -464,29 +506,30 @@ def packs_gqa(group: int, seqlen_q: int, tells_rows_apart: bool) -> bool:
 
 
 @functools.cache
-def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal") -> ForwardConfig:
+def forward_config(head_dim: int, head_dim_v: int, tile: Tile = "normal", bias_bytes: int = 0) -> ForwardConfig:
     """Tile for a pair of head dims; ValueError for head dims, or a tile, that no kernel has.
 
     Small, split: one MMA warpgroup, 64 x 64.
     Normal: two MMA warpgroups of 240 registers, and the longest key block up to 128 that leaves S, P and O within
-    TILE_REGISTERS and two stages of K and V within shared memory. O at d128 takes 64 registers, at d256 128.
+    TILE_REGISTERS and two stages of K and V, and one of biases, within shared memory. O at d128 takes 64 registers, at
+    d256 128.
     Wide: three MMA warpgroups of 160 registers, so that each K and V block serves 192 rows and the softmax of two
     warpgroups runs beside the multiplications of the third.
     """
     stages = 2
     if tile in ("small", "split"):
-        return ForwardConfig(head_dim, head_dim_v, SMALL_TILE, SMALL_TILE, stages)
+        return ForwardConfig(head_dim, head_dim_v, SMALL_TILE, SMALL_TILE, stages, bias_bytes)
     if tile == "wide":
         wide_class = _wide_class(head_dim, head_dim_v)
         if wide_class is None:
             raise ValueError(f"no wide tile for head_dim={head_dim}, head_dim_v={head_dim_v}")
-        return ForwardConfig(head_dim, head_dim_v, 192, WIDE_KEYS[wide_class], stages)
+        return ForwardConfig(head_dim, head_dim_v, 192, WIDE_KEYS[wide_class], stages, bias_bytes)
     tile_m = 128
     registers = (TILE_REGISTERS - round_up(head_dim_v, 16) // 2) * 4 // 3
     room = SMEM_PER_BLOCK - BARRIER_BYTES - 2 * tile_m * round_up(head_dim, 64)  # beside one stage of Q
-    smem = room // (2 * stages * (round_up(head_dim, 64) + round_up(head_dim_v, 64)))
+    smem = room // (2 * stages * (round_up(head_dim, 64) + round_up(head_dim_v, 64)) + tile_m * bias_bytes)
     tile_n = min(128, registers // 16 * 16, smem // 16 * 16)
-    return ForwardConfig(head_dim, head_dim_v, tile_m, tile_n, stages)
+    return ForwardConfig(head_dim, head_dim_v, tile_m, tile_n, stages, bias_bytes)
 
 
 @functools.cache
@@ -503,12 +546,23 @@ def forward_key(
     attn_mask: MaskKind = "none",
 ) -> KernelKey:
     """Key of the forward kernel for what decides its code; with an attn_mask that stands for is_causal and window."""
-    config = forward_config(head_dim, head_dim_v, tile)
+    config = forward_config(head_dim, head_dim_v, tile, BIAS_BYTES.get(attn_mask, 0))
     if attn_mask != "none":
         key = _key("forward", dtype, False, config, softcap=softcap, sink=sink)
         return dataclasses.replace(key, attn_mask=attn_mask)
     flags = {"window": window, "softcap": softcap, "sink": sink, "split": tile == "split"}
     return _key("forward", dtype, is_causal, config, **flags)
+
+
+def forward_config_of(key: KernelKey) -> ForwardConfig:
+    """The tile of a forward kernel."""
+    sizes = (key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+    return ForwardConfig(*sizes, BIAS_BYTES.get(key.attn_mask, 0))
+
+
+def mask_warps(tile_m: int) -> int:
+    """Warps that classify a tile of a forward, up to 16 rows each; a power of two."""
+    return 16 if tile_m > 128 else 8
 
 
 @functools.cache
@@ -643,7 +697,9 @@ def backward_key(
 def _key(
     direction: str, dtype: torch.dtype, is_causal: bool, config: ForwardConfig | BackwardConfig, **flags: Any
 ) -> KernelKey:
-    return KernelKey(direction, ARCH, DTYPE_NAMES[dtype], is_causal=is_causal, **dataclasses.asdict(config), **flags)
+    sizes = dataclasses.asdict(config)
+    sizes.pop("bias_bytes", None)  # which attn_mask says
+    return KernelKey(direction, ARCH, DTYPE_NAMES[dtype], is_causal=is_causal, **sizes, **flags)
 
 
 def all_keys() -> tuple[KernelKey, ...]:

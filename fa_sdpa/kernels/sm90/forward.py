@@ -14,11 +14,12 @@ Pipelines (full/empty mbarrier pairs; "producer → consumer"):
     q   2 stages      TMA, 1 arrival + bytes → 4·w warps; released after the tile's last Q Kᵀ (large head dims: 1 stage)
     k   `stages`      TMA, 1 arrival + bytes → 4·w warps; released when both multiplications of the step are done
     v   `stages`      TMA, 1 arrival + bytes → 4·w warps; likewise
+    bias              of a floating attn_mask: see sm90/forward_masked.py
 
 Named barriers:
     TURN + i      MMA warpgroup i may issue its WGMMAs: i waits (128), its predecessor arrives (128). The warpgroups
                   thus take turns on the tensor cores, and one's softmax runs under the others' WGMMAs.
-    STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory
+    STORE + i     the 128 threads of MMA warpgroup i around its O tile in shared memory, or rows of V that they zero
 
 Timeline of one MMA warpgroup, n blocks a tile (' marks the next tile); during its softmax the others multiply:
     once          S_0 = Q K_0ᵀ;  softmax(S_0) → P_0
@@ -59,19 +60,21 @@ from ..common.blocks import Window, first_key_blocks, key_blocks, part_of_blocks
 from ..common.mask import mask_left, mask_right, row_limits, row_starts
 from ..common.scheduler import Tiles, find_tile, first_steps, spills_l2
 from ..key import KernelKey
-from .config import ForwardConfig
+from .config import forward_config_of
 from .tma import load_tile
 from .wgmma import K_MAJOR, MN_MAJOR, issue, smem_layout, tiled_mma, transposed
 
 WARPGROUP = 128  # threads
 TURN, STORE = 1, 5  # first named barrier of each kind, one per MMA warpgroup; barrier 0 is the CTA's
 DTYPES = {"bf16": cutlass.BFloat16, "fp16": cutlass.Float16}
+BIAS_DTYPES = {**DTYPES, "fp32": Float32}
 
 
 class Pipelines(NamedTuple):
     q: pipeline.PipelineTmaAsync
     k: pipeline.PipelineTmaAsync
     v: pipeline.PipelineTmaAsync
+    bias: pipeline.PipelineTmaAsync | None  # of a floating attn_mask, as in the next three
 
 
 class Smem(NamedTuple):
@@ -81,6 +84,7 @@ class Smem(NamedTuple):
     k: cute.Tensor  # (tile_n, width, stages)
     v: cute.Tensor  # (tile_n, width_v, stages)
     o: cute.Tensor | None  # (64, head_dim_v, MMA warpgroups); None: O is stored from registers
+    bias: cute.Tensor | None  # (tile_m, tile_n, bias_stages) of the mask's dtype
 
 
 class Gmem(NamedTuple):
@@ -91,6 +95,7 @@ class Gmem(NamedTuple):
     k: cute.Tensor  # (s_k, d, h_kv, b)
     v: cute.Tensor  # (s_k, dv, h_kv, b)
     o: cute.Tensor  # (s_q, dv, h, b)
+    bias: cute.Tensor | None  # (s_q, s_k, h, b)
 
 
 class Atoms(NamedTuple):
@@ -100,6 +105,7 @@ class Atoms(NamedTuple):
     k: cute.CopyAtom
     v: cute.CopyAtom
     o: cute.CopyAtom | None
+    bias: cute.CopyAtom | None
 
 
 class TileMask(NamedTuple):
@@ -107,7 +113,6 @@ class TileMask(NamedTuple):
 
     lists: cute.Tensor  # (b, h, query blocks, ≥ HEADER) Int32
     bits: cute.Tensor  # (b, h, key blocks or twice as many, rows, 4) Int32
-    bias: cute.Tensor | None  # (b, h, s_q or 1, s_k rounded up to whole key blocks) of the mask's dtype
     bias_factor: Float32 | None  # from a bias to what is added to a score: log2(e) / Scoring.scale_log2
     bias_limit: Float32 | None  # a power of two; biased scores are cut off there on both sides
 
@@ -133,13 +138,23 @@ class Operands(NamedTuple):
     row_max: cute.Tensor  # of the rows of this thread; so are the next two
     row_sum: cute.Tensor
     block_sum: cute.Tensor
+    bias: cute.Tensor | None = None  # shared memory, pairs of biases, not seen through the swizzle
+    biased: cute.Tensor | None = None  # (1,) Int32: how many biased blocks there were
+    v: cute.Tensor | None = None  # with a mask, V in shared memory, and
+    visited: cute.Tensor | None = None  # (1,) Int32: the last block, see MaskedForward._clear_hidden
+
+
+def shared_by_sequences(biases: cute.Tensor) -> Boolean:
+    """Whether the sequences of a batch share (b, h, s_q, s_k) biases and heads do not: then those of a head are to be
+    at work at the same time, so that biases come from L2."""
+    return (biases.stride[0] == 0) & (biases.stride[1] != 0)
 
 
 class Forward:
     """Kernel of one key. Calling it (from ``cute.compile``) takes (b, h, s, d) tensors; see ``__call__``."""
 
     def __init__(self, key: KernelKey):
-        config = ForwardConfig(key.head_dim, key.head_dim_v, key.tile_m, key.tile_n, key.stages)
+        config = forward_config_of(key)
         self.name = key.name
         self.dtype = DTYPES[key.dtype]
         # Columns that are multiplied, that shared memory holds, and that O has in global memory:
@@ -147,6 +162,7 @@ class Forward:
         self.width, self.width_v = config.head_dim_smem, config.head_dim_v_smem
         self.head_dim_out = key.head_dim_v
         self.q_stages, self.stores_by_tma = config.q_stages, config.stores_by_tma and not key.split
+        self.bias_dtype, self.bias_stages = BIAS_DTYPES.get(key.attn_mask), config.bias_stages
         self.is_split = key.split
         self.next_scores = config.next_scores(key.is_causal)
         self.is_causal, self.has_window = key.is_causal, key.window
@@ -164,10 +180,11 @@ class Forward:
         return tiled_mma(self.dtype, (K_MAJOR, MN_MAJOR), (warpgroups, 1), width, a_in_registers=True)
 
     def _shared_storage(self, *layouts: cute.ComposedLayout | None) -> type:
-        """Barriers and the buffers of sQ, sK, sV, sO, given in this order; None is an empty one."""
-        q, k, v, o = (
-            cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layout) if layout is not None else 0], 1024]
-            for layout in layouts
+        """Barriers and the buffers of sQ, sK, sV, sO, biases, given in this order; None is an empty one."""
+        dtypes = (*(self.dtype,) * 4, self.bias_dtype or self.dtype)
+        q, k, v, o, bias = (
+            cute.struct.Align[cute.struct.MemRange[dtype, cute.cosize(layout) if layout is not None else 0], 1024]
+            for dtype, layout in zip(dtypes, layouts, strict=True)
         )
 
         @cute.struct
@@ -175,10 +192,12 @@ class Forward:
             q_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.q_stages]
             k_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
             v_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.stages]
+            bias_barriers: cute.struct.MemRange[cutlass.Int64, 2 * self.bias_stages]
             sQ: q
             sK: k
             sV: v
             sO: o
+            sBias: bias
 
         return SharedStorage
 
@@ -214,6 +233,7 @@ class Forward:
         num_parts: Int32 | None,  # into which the key blocks of a tile are split
         num_sms: Int32,
         stream,
+        mBias: cute.Tensor | None = None,  # (b, h, s_q, s_k)
     ) -> None:
         """Launch the kernel."""
 
@@ -225,6 +245,7 @@ class Forward:
             smem_layout(self.dtype, self.tile_n, self.width, self.stages),
             smem_layout(self.dtype, self.tile_n, self.width_v, self.stages),
             smem_layout(self.dtype, 64, self.head_dim_v, self.mma_warpgroups) if self.stores_by_tma else None,
+            smem_layout(self.bias_dtype, self.tile_m, self.tile_n, self.bias_stages) if mBias is not None else None,
         ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         copies = [
@@ -238,10 +259,18 @@ class Forward:
                 (store, mO, layouts[3], 64, self.head_dim_v),
             )
         ]
+        by_head = None
+        if cutlass.const_expr(mBias is not None):
+            sizes = (self.tile_m, self.tile_n)
+            layout = cute.select(layouts[4], mode=[0, 1])
+            copies.append(cpasync.make_tiled_tma_atom(load, s_d_h_b(mBias), layout, sizes))
+            by_head = shared_by_sequences(mBias)
+        else:
+            copies.append((None, None))
         mma_qk, mma_pv = self._mma_qk(), self._mma_pv(self.mma_warpgroups, self.head_dim_v)
         bytes_per_key = (self.head_dim + self.head_dim_v) * self.dtype.width // 8
         paired = spills_l2(mK.shape[0] * mK.shape[1], mK.shape[2], bytes_per_key)
-        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mO.shape[0], paired)
+        tiles = Tiles(cute.ceil_div(mQ.shape[2], self.tile_m), mQ.shape[1], mO.shape[0], paired, by_head)
         self.kernel(
             Atoms(*(atom for atom, _ in copies)),
             Gmem(*(tensor for _, tensor in copies)),
@@ -273,25 +302,30 @@ class Forward:
         sK_layout: cute.ComposedLayout,
         sV_layout: cute.ComposedLayout,
         sO_layout: cute.ComposedLayout | None,
+        sBias_layout: cute.ComposedLayout | None,
         tiles: Tiles,
         qhead_per_kvhead: Int32,
         num_parts: Int32 | None,
     ):
         warp_idx = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp_idx == 0:
-            for atom in atoms[: 4 if self.stores_by_tma else 3]:
-                cpasync.prefetch_descriptor(atom)
-        storage = SmemAllocator().allocate(self._shared_storage(sQ_layout, sK_layout, sV_layout, sO_layout))
+            for atom in atoms:
+                if cutlass.const_expr(atom is not None):
+                    cpasync.prefetch_descriptor(atom)
+        layouts = (sQ_layout, sK_layout, sV_layout, sO_layout, sBias_layout)
+        storage = SmemAllocator().allocate(self._shared_storage(*layouts))
         smem = Smem(
             storage.sQ.get_tensor(sQ_layout.outer, swizzle=sQ_layout.inner),
             storage.sK.get_tensor(sK_layout.outer, swizzle=sK_layout.inner),
             storage.sV.get_tensor(sV_layout.outer, swizzle=sV_layout.inner),
             storage.sO.get_tensor(sO_layout.outer, swizzle=sO_layout.inner) if self.stores_by_tma else None,
+            storage.sBias.get_tensor(sBias_layout.outer, swizzle=sBias_layout.inner) if self.bias_stages else None,
         )
         pipelines = Pipelines(
-            self._pipeline(storage.q_barriers, self.q_stages, self.tile_m * self.width),
-            self._pipeline(storage.k_barriers, self.stages, self.tile_n * self.width),
-            self._pipeline(storage.v_barriers, self.stages, self.tile_n * self.width_v),
+            self._pipeline(storage.q_barriers, self.q_stages, self.tile_m * self.width, self.dtype),
+            self._pipeline(storage.k_barriers, self.stages, self.tile_n * self.width, self.dtype),
+            self._pipeline(storage.v_barriers, self.stages, self.tile_n * self.width_v, self.dtype),
+            self._pipeline(storage.bias_barriers, self.bias_stages, self.tile_m * self.tile_n, self.bias_dtype),
         )
         cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
@@ -306,14 +340,18 @@ class Forward:
             cute.arch.setmaxregister_increase(self.mma_registers)
             self.mma(atoms.o, gmem, mLSE, smem, pipelines, tiles, mma_qk, mma_pv, scoring, num_parts)
 
-    def _pipeline(self, barriers, stages: int, elements: int) -> pipeline.PipelineTmaAsync:
+    def _pipeline(
+        self, barriers, stages: int, elements: int, dtype: type[cutlass.Numeric] | None
+    ) -> pipeline.PipelineTmaAsync | None:
         """Pipeline from the producer to all MMA warps, of tiles of so many elements, filled-up zeros included."""
+        if dtype is None:
+            return None
         return pipeline.PipelineTmaAsync.create(
             barrier_storage=barriers.data_ptr(),
             num_stages=stages,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * self.mma_warpgroups),
-            tx_count=elements * self.dtype.width // 8,
+            tx_count=elements * dtype.width // 8,
             defer_sync=True,
         )
 
@@ -421,7 +459,7 @@ class Forward:
         pipelines.k.consumer_release(k_state)
         k_state.advance()
         blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
-        self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
+        self._first_weights(acc_S, regs, pipelines, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
         while is_valid:
             first_row = m_block * self.tile_m + tile_row
             blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
@@ -430,6 +468,7 @@ class Forward:
             )
             pipelines.q.consumer_release(q_state)
             q_state.advance()
+            self._clear_hidden(regs, pipelines, v_state, wg, blocks, seqlen_k, scoring)
 
             # The last P V of this tile and the first Q Kᵀ of the next one. After the last tile that multiplies what the
             # stages still hold and nothing reads the result: a branch around it would make ptxas serialise every WGMMA
@@ -467,7 +506,7 @@ class Forward:
                 self._store_rows(regs.acc_O, gO, first_row)
             if cutlass.const_expr(self.next_scores == "before"):
                 blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
-                self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
+                self._first_weights(acc_S, regs, pipelines, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
             else:
                 if cutlass.const_expr(self.next_scores == "late"):
                     self._wait_tile(pipelines, q_state, k_state, is_valid)
@@ -476,7 +515,9 @@ class Forward:
                 if is_valid:
                     pipelines.k.consumer_release(k_state)
                     blocks = self._key_blocks(m_block, head, batch, seqlen_k, scoring, num_parts)
-                    self._first_weights(acc_S, regs, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring)
+                    self._first_weights(
+                        acc_S, regs, pipelines, blocks, m_block * self.tile_m + tile_row, seqlen_k, scoring
+                    )
             k_state.advance()
         if cutlass.const_expr(self.stores_by_tma):
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -504,6 +545,9 @@ class Forward:
     def _of_parts(self, batch: Int32, num_parts: Int32 | None) -> Int32:
         """The sequence whose parts the scheduler counts as batches of their own."""
         return batch // num_parts if self.is_split else batch
+
+    def _clear_hidden(self, *args) -> None:
+        """Nothing without a mask."""
 
     @cute.jit
     def _visit(
@@ -568,6 +612,7 @@ class Forward:
         self,
         acc_S: cute.Tensor,
         regs: Operands,
+        pipelines: Pipelines,
         blocks: tuple[Int32, Int32, Int32, Int32],
         first_row: Int32,
         seqlen_k: Int32,
@@ -599,6 +644,23 @@ class Forward:
         scoring: Scoring,
     ) -> cute.Tensor:
         """In this warpgroup's turn: S = Q Kᵀ of the next block, O += P V of the last; S when both are done, capped."""
+        acc_S = self._begin_block(mma_qk, mma_pv, regs, pipelines, q_state, k_state, v_state, wg)
+        self._end_block(acc_S, pipelines, k_state, v_state, scoring)
+        return acc_S
+
+    @cute.jit
+    def _begin_block(
+        self,
+        mma_qk: cute.TiledMma,
+        mma_pv: cute.TiledMma,
+        regs: Operands,
+        pipelines: Pipelines,
+        q_state: pipeline.PipelineState,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        wg: Int32,
+    ) -> cute.Tensor:
+        """The multiplications of `_block`, issued; what S will be in."""
         acc_S = self._scores(mma_qk)
         pipelines.k.consumer_wait(k_state)
         self._wait_turn(wg)
@@ -606,13 +668,24 @@ class Forward:
         pipelines.v.consumer_wait(v_state)
         self._issue_pv(mma_pv, regs, v_state)
         self._pass_turn(wg, to_next=True)
+        return acc_S
+
+    @cute.jit
+    def _end_block(
+        self,
+        acc_S: cute.Tensor,
+        pipelines: Pipelines,
+        k_state: pipeline.PipelineState,
+        v_state: pipeline.PipelineState,
+        scoring: Scoring,
+    ) -> None:
+        """Wait for the multiplications of `_block`."""
         warpgroup.wait_group(0)
         pipelines.k.consumer_release(k_state)
         pipelines.v.consumer_release(v_state)
         fragments.end_of_block(scoring.scale_log2 < 0.0)  # or the stages would be released after the softmax
         if cutlass.const_expr(scoring.cap_factor is not None):
             softmax.cap_scores(acc_S, scoring.cap_factor)
-        return acc_S
 
     @cute.jit
     def _softmax(self, acc_S: cute.Tensor, regs: Operands, scoring: Scoring) -> None:

@@ -13,10 +13,11 @@ def load_tile(
     index: Int32,
     pipe: pipeline.PipelineTmaAsync,
     state: pipeline.PipelineState,
+    column: Int32 | int = 0,  # of tiles
 ) -> None:
     """Wait for the state's stage to be empty, then load row tile ``index`` into it."""
     pipe.producer_acquire(state)
-    copy_tile(atom, mX, sX, index, state.index, pipe.producer_get_barrier(state))
+    copy_tile(atom, mX, sX, index, state.index, pipe.producer_get_barrier(state), column)
 
 
 @cute.jit
@@ -27,9 +28,10 @@ def copy_tile(
     index: Int32,
     stage: Int32,
     barrier: cute.Pointer,  # mbarrier that is told of the bytes
+    column: Int32 | int = 0,  # of tiles
 ) -> None:
     """Load row tile ``index`` into a stage."""
-    gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, 0))
+    gX = cute.local_tile(mX, (cute.size(sX, mode=[0]), cute.size(sX, mode=[1])), (None, column))
     tXsX, tXgX = cpasync.tma_partition(
         atom, 0, cute.make_layout(1), cute.group_modes(sX, 0, 2), cute.group_modes(gX, 0, 2)
     )
