@@ -18,7 +18,8 @@ uninitialised, with a backtrace for each run of bytes.
 racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and of the threads that
 free a stage for it knows those alone that arrive at the mbarrier themselves: not the other lanes of a warp, of which
 one arrives behind a warp barrier. racecheck_control.cu is a pipeline of such copies and nothing else, in both ways. The
-backward's lse and δ come by such copies, and its warps arrive by one lane, so racecheck reports each of their reads.
+backward's lse and δ come by such copies, and its warps arrive by one lane, so racecheck reports each of their reads,
+and those of P and of the units of work, which threads write that wait at such a mbarrier.
 --every-lane DIR has it look at kernels in which every lane arrives, and which are the same otherwise: a bundle, which
 is made where DIR has none (that needs the compiler, and no GPU).
 """
