@@ -49,8 +49,8 @@ def auto() -> Contender:
     return Contender(OURS, sdpa, lambda: enable(Policy("auto", jit="block")))
 
 
-def outcome(cell: Cell, direction: Direction, routed: bool, rows: list[Row]) -> dict[str, Any]:
-    """Times of both sides, and ours over torch's by mode; None where one was not measured."""
+def outcome(cell: Cell, direction: Direction, routed: list[str], rows: list[Row]) -> dict[str, Any]:
+    """Times of both sides, ours over torch's by mode; None where one was not measured. ``routed``: in which modes."""
     ours, native = ({row["backend"]: row for row in rows}[name] for name in (OURS, NATIVE))
     found: dict[str, Any] = {"cell": str(cell), **cell._asdict(), "direction": direction, "routed": routed}
     for column in ("gpu_ms", "eager_ms", "graph_ms"):
@@ -67,7 +67,8 @@ def summary(results: list[dict[str, Any]]) -> dict[str, Any]:
     about: dict[str, Any] = {}
     for routed, name in ((True, "routed"), (False, "left to torch")):
         for modes in (("eager", "graph"), ("eager",), ("graph",)):
-            of = [(row[mode], row, mode) for row in results if row["routed"] is routed for mode in modes if row[mode]]
+            chosen = [(row, mode) for row in results for mode in modes if (mode in row["routed"]) is routed]
+            of = [(row[mode], row, mode) for row, mode in chosen if row[mode]]
             if not of:
                 continue
             of.sort(key=lambda timed: -timed[0])
@@ -105,7 +106,8 @@ def main() -> None:
     for cell, direction in calls:
         if time.monotonic() - began > args.seconds:
             break
-        routed = decide(cell.spec(direction), target).routed
+        spec, modes = cell.spec(direction), (("eager", False), ("graph", True))
+        routed = [mode for mode, in_graph in modes if decide(spec, target, in_graph=in_graph).routed]
         both, patience = [auto(), contender(NATIVE)], PATIENCE_MS if routed else 0.0
         rows = measure(cell, direction, both, "cuda", rounds=ROUNDS, patience_ms=patience, profile=False)
         results.append(outcome(cell, direction, routed, rows))

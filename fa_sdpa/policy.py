@@ -62,10 +62,15 @@ class Policy:
 
 
 AUTO = Policy()
+HOST_DECIDES = "host_decides"  # the reason of a call that is routed, but would not be in a graph
 
 
-def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail: bool = False) -> Decision:
+def decide(
+    spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail: bool = False, in_graph: bool = False
+) -> Decision:
     """Where a call goes: to fa4 or to torch ("native").
+
+    ``in_graph``: the call becomes part of a compiled graph or a CUDA graph; else the host makes it anew each time.
 
     Batch and sequence lengths are compared only with the steps of one crossover rule, so that a graph with symbolic
     sizes is guarded by no more than that. With ``detail`` the reason of a prediction names the measured cells nearest
@@ -80,7 +85,7 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail
         return Decision("native", refusals) if refusals else Decision("fa4", (_ALWAYS,))
     if refusals and isinstance(spec.seqlen_q, torch.SymInt):
         return Decision("native", refusals)  # refused whatever its length: don't make the graph depend on that
-    faster, reasons = _crossover(spec, target, policy, detail)
+    faster, reasons = _crossover(spec, target, policy, detail, in_graph)
     if refusals or not faster:
         return Decision("native", refusals if faster else (*refusals, *reasons))
     return Decision("fa4", reasons)
@@ -89,7 +94,9 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail
 _ALWAYS = Reason("policy_always", "the policy is 'always' and a kernel runs this call")
 
 
-def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool) -> tuple[bool, tuple[Reason, ...]]:
+def _crossover(
+    spec: AttentionSpec, target: Target, policy: Policy, detail: bool, in_graph: bool
+) -> tuple[bool, tuple[Reason, ...]]:
     """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
     mask: Mask = spec.mask if spec.mask in ("none", "bool") else "float"
@@ -103,7 +110,7 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool
         elif any(isinstance(size, torch.SymInt) for size in spec[1:6]):
             faster, reason = _symbolic(spec, rule, target, target.num_sms or table.num_sms)
         else:
-            faster, reason = _predicted(spec, rule, target, target.num_sms or table.num_sms, detail)
+            faster, reason = _predicted(spec, rule, target, target.num_sms or table.num_sms, detail, in_graph)
         return faster, (reason,) if faster else (reason, *refused)
     return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
 
@@ -134,7 +141,9 @@ def _power_of_two_below(size: torch.SymInt) -> int:
     return power if size >= power else 1
 
 
-def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, detail: bool) -> tuple[bool, Reason]:
+def _predicted(
+    spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, detail: bool, in_graph: bool
+) -> tuple[bool, Reason]:
     asked = (spec.seqlen_q, spec.seqlen_k, rows_of(spec))
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
@@ -147,8 +156,11 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
     )
     if detail:
         text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
-    faster = rule.takes(spec, times)
-    return faster, Reason("above_crossover" if faster else "below_crossover", text)
+    if rule.takes(spec, times):
+        return True, Reason("above_crossover", text)
+    if not in_graph and rule.takes_in_eager_mode(spec, times):
+        return True, Reason(HOST_DECIDES, f"{text}, where the host decides; in a graph it is left to torch")
+    return False, Reason("below_crossover", text)
 
 
 def _cuts(spec: AttentionSpec, target: Target, num_sms: int) -> Cuts:

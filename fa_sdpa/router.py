@@ -27,7 +27,7 @@ from .meta.shapes import mask_fits
 from .meta.spec import AttentionSpec, Decision, Reason, mask_kind
 from .meta.target import Target
 from .ops import VERSION, attention
-from .policy import decide
+from .policy import HOST_DECIDES, decide
 from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
@@ -69,6 +69,7 @@ class Call(NamedTuple):
     needs_grad: bool
     deterministic: bool
     circumstances: Circumstances = _ORDINARY
+    captured: bool = False  # in a CUDA graph
 
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
@@ -205,10 +206,11 @@ def _looked_at(
         return alike.run(*tensors) if alike.run else None
     scale, enable_gqa = named.get("scale"), named.get("enable_gqa", False)
     call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    call = call._replace(captured=jit.capturing())
     counted = _decided.get(call) or _remember(call, epoch)
     if not counted.routed:
         counted.tick()
-        if strided and call in _decided:
+        if strided and not call.captured and call in _decided:
             matter = None if _left_in_all_modes(call, *tensors) else modes
             alike = Alike(private.same_tensors(*tensors), facts, None, counted.tick, matter)
             _calls.keep(alike, epoch, *tensors, modes=modes)
@@ -223,14 +225,37 @@ def _looked_at(
     if (
         attn_mask is None
         and out is not None
+        and not call.captured
         and private.in_memory(*tensors)
         and _undisturbed()
         and private.nothing_changes_ops()
     ):
         run = attention.prepared(*tensors, out.requires_grad, is_causal=is_causal, scale=scale)
         alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes)
+        if counted.codes == (HOST_DECIDES,):
+            alike.run, alike.tick = _unless_captured(run, counted.tick, call, named), _nothing
         _calls.keep(alike, epoch, *tensors, modes=modes)
     return out
+
+
+def _unless_captured(
+    run: Callable[..., Tensor], tick: Callable[[], int], call: Call, named: dict[str, Any]
+) -> Callable[..., Tensor]:
+    """What serves, and counts, calls that are routed as the host decides how long they take: torch in a CUDA graph."""
+
+    def either(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not torch.cuda.is_current_stream_capturing():
+            tick()
+            return run(query, key, value)
+        captured = call._replace(captured=True)
+        (_decided.get(captured) or _remember(captured, _calls.epoch)).tick()
+        return _native(_KEYSET, query, key, value, None, 0.0, call.is_causal, **named)
+
+    return either
+
+
+def _nothing() -> None:
+    """Instead of counting."""
 
 
 def _left_in_all_modes(call: Call, *tensors: Tensor) -> bool:
@@ -377,7 +402,7 @@ def decide_call(call: Call, *, in_graph: bool = False, act: bool = True) -> Deci
     if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
         return Decision("native", reasons)  # no spec can be made of it
     spec, target, policy = _spec(call), Target.of(call.device), policy_of(call.token)
-    decision = decide(spec, target, policy, detail=not act)
+    decision = decide(spec, target, policy, detail=not act, in_graph=in_graph or call.captured)
     if reasons:
         return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
     if not decision.routed:

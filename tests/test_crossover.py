@@ -148,6 +148,27 @@ def test_eager_mode_takes_no_less_than_the_host():
     assert not rule._replace(margin=1.0).takes(SPEC, long)
 
 
+def test_where_the_host_decides_the_device_needs_no_margin():
+    """In eager mode alone, where fa4 is done on the device before the host is, and no slower there."""
+    fa4, native = (Side(host, ((0, Curve(us, 3.0, 700.0)),)) for host, us in ((20.0, 2.0), (26.0, 0.7)))
+    tiny = SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256)
+    times = Rule("forward", (128, 128), True, fa4=fa4, native=native, margin=0.1).predict(tiny, 132, cuts_of(tiny))
+    assert times.fa4_us < 10.0 and 1.0 < times.ratio < 1.1
+
+    def taken(spec=tiny, **changes):
+        rule = Rule("forward", (128, 128), True, fa4=fa4, native=native, margin=0.1)._replace(**changes)
+        policy = Policy("auto", Crossover(90, "a test", (rule,)))
+        return [codes(decide(spec, H100, policy, in_graph=in_graph))[0] for in_graph in (False, True)]
+
+    assert taken() == ["host_decides", "below_crossover"]
+    assert taken(margin=0.0) == ["above_crossover"] * 2
+    assert taken(native=native._replace(host_us=21.0)) == ["below_crossover"] * 2  # saves too little
+    slower = fa4._replace(forward=((0, Curve(4.0, 3.0, 700.0)),))
+    assert taken(fa4=slower) == ["below_crossover"] * 2  # on the device
+    assert taken(SPEC) == ["below_crossover"] * 2  # which decides
+    assert taken(margin=3.0) == ["below_crossover"] * 2  # or may
+
+
 # ---- the fit ---------------------------------------------------------------------------------------------------------
 
 

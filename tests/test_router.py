@@ -309,7 +309,7 @@ def test_other_layouts(convert):
 def test_what_a_kernel_lacks(monkeypatch, field, code):
     """Kernels refuse gradients and deterministic algorithms through the spec; no CPU kernel does."""
 
-    def decide(spec, target, policy, *, detail=False):
+    def decide(spec, target, policy, **how):
         return Decision("native", (Reason(code, "no such kernel"),)) if getattr(spec, field) else routed
 
     routed = Decision("fa4", (Reason("policy_always", "it can"),))

@@ -66,6 +66,39 @@ def test_repeated_calls_go_past_the_dispatcher(options, grad, through_op):
     assert fa_sdpa.stats().eager.routed == 3
 
 
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "enable_gqa": True}], ids=str)
+def test_what_is_routed_for_the_hosts_sake_is_torchs_in_a_cuda_graph(options, through_op, monkeypatch):
+    """In eager mode it repeats as any other; it is counted where it ran; a capture leaves nothing behind."""
+
+    def decide(spec, target, policy, *, in_graph=False, **how):
+        if in_graph:
+            return Decision("native", (Reason("below_crossover", "on the device"),))
+        return Decision("fa4", (Reason("host_decides", "in eager mode"),))
+
+    capturing = []
+    monkeypatch.setattr(router, "decide", decide)
+    for module, name in ((torch.cuda, "is_current_stream_capturing"), (router.jit, "capturing")):
+        monkeypatch.setattr(module, name, lambda: bool(capturing))
+    calls = [qkv() for _ in range(2)]
+    expected = [sdpa(*x, **options) for x in calls]
+    with fa_sdpa.enable("always"):
+        capturing.append("from the first call on")
+        for x, out in zip(calls, expected, strict=True):
+            torch.testing.assert_close(sdpa(*x, **options), out, rtol=0, atol=0)
+        capturing.clear()
+        assert fa_sdpa.stats().eager[:2] == (0, 2) and not through_op
+        for turn in range(3):
+            for x, out in zip(calls, expected, strict=True):
+                torch.testing.assert_close(sdpa(*x, **options), out)
+            assert fa_sdpa.stats().eager[:2] == (2 * turn + 2, 2 * turn + 2)
+            capturing.append("again")
+            torch.testing.assert_close(sdpa(*calls[0], **options), expected[0], rtol=0, atol=0)
+            torch.testing.assert_close(sdpa(*calls[1], **options), expected[1], rtol=0, atol=0)
+            capturing.clear()
+            assert fa_sdpa.stats().eager[:2] == (2 * turn + 2, 2 * turn + 4)
+    assert len(through_op) == 1
+
+
 def test_another_layout_dtype_or_device_is_another_call(through_op):
     q, k, v = qkv()
     strided = torch.randn(2, 17, 4, 8).transpose(1, 2)

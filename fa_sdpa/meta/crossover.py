@@ -22,7 +22,8 @@ fits a call decides, by a model of time or by thresholds:
   so in one way (`torch_cuts`). What that takes is said by a few figures, a Curve; fa4's forward has one for each tile,
   by its query rows, and under "0" one for any other. In eager mode a call takes that or host_us, whichever is longer.
   fa4 is taken where it is predicted to be faster by ``margin`` on the device, by more far from what was measured
-  (`Rule.margin_of`), and no slower in eager mode. ``error`` is the standard deviation of measured over predicted
+  (`Rule.margin_of`), and no slower in eager mode; there it is also taken where the host decides
+  (`Rule.takes_in_eager_mode`). ``error`` is the standard deviation of measured over predicted
   ratios, ``least`` what was measured least of lengths of query and of key and of query rows (batch · heads · length),
   below which nothing is predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q,
   seqlen_k, µs on the device of fa4 and of torch.
@@ -53,6 +54,7 @@ Mask = Literal["none", "bool", "float"]
 BACKWARD = 2.5  # flops, in those of a forward
 LONGEST = 1 << 17  # no threshold is looked for beyond
 MOST_GBS = 1e5  # what is faster takes no time
+HOST_GAIN = 1.1  # torch's time on the host over fa4's, from which on that alone is worth while
 REACH = 1.0  # distance to a measured cell at which a prediction's error is 1.4 times that of the fit
 SIGMAS = 2.33  # of a normal distribution, beyond which one of 100 lies
 
@@ -219,6 +221,15 @@ class Rule(NamedTuple):
     def takes(self, spec: AttentionSpec, prediction: Prediction) -> bool:
         """Whether fa4 is to run a call with these times."""
         return prediction.ratio >= 1.0 + self.margin_of(spec) and prediction.ratio_eager >= 1.0
+
+    def takes_in_eager_mode(self, spec: AttentionSpec, prediction: Prediction) -> bool:
+        """Whether fa4 is to run a call with these times where the host makes it anew each time: also one that the host
+        decides, as fa4 is done on the device before the host can be, and costs the host less by HOST_GAIN. On the
+        device it is then predicted to be no slower, by whatever margin."""
+        if self.takes(spec, prediction):
+            return True
+        is_free = self.fa4 is not None and prediction.fa4_us * (1.0 + self.margin_of(spec)) <= self.fa4.host_us
+        return is_free and prediction.ratio >= 1.0 and prediction.ratio_eager >= HOST_GAIN
 
     def margin_of(self, spec: AttentionSpec) -> float:
         """The margin for a call: more than the rule's where nothing like it was measured.
