@@ -250,26 +250,34 @@ def test_error_and_margin_are_those_of_the_noise():
     quiet, noisy = (fit.rules(cells_of(FA4, NATIVE, noise), 132, cuts_of)[0] for noise in (0.01, 0.06))
     assert quiet.error < 0.03 and noisy.error == pytest.approx(0.06 * 2**0.5, rel=0.3)
     assert quiet.margin < 0.04 < 0.1 < noisy.margin
-    assert noisy.margin == pytest.approx(math.exp(2.33 * noisy.error) / 1.03 - 1, abs=1e-3)
+    assert noisy.margin == pytest.approx(math.exp(crossover.SIGMAS * noisy.error) / 1.03 - 1, abs=1e-3)
     few = fit.rules(cells_of(FA4, NATIVE)[:4], 132, cuts_of)[0]  # three figures fit four cells whatever they are
     assert few.error > 0.03
     assert fit.rules(cells_of(FA4, NATIVE)[:3], 132, cuts_of) == []
 
 
-def test_the_margin_grows_with_the_distance_to_what_was_measured():
-    rule = fit.rules(cells_of(FA4, NATIVE, 0.03), 132, cuts_of)[0]
-    near = SPEC._replace(batch=4, num_heads=16, num_heads_kv=16)  # a measured cell
-    assert rule.margin_of(near) == pytest.approx(rule.margin) and rule.margin > 0.03
-    far = [near._replace(seqlen_q=256 // n, seqlen_k=256 // n) for n in (4, 16)]
-    assert rule.margin < rule.margin_of(far[0]) < rule.margin_of(far[1])
-    steps = [crossover.distance(4 * 16 * 256 // n, 256 // n, rule.nearest(far[i], 1)[0]) for i, n in enumerate((4, 16))]
-    assert steps[1] > 2 and rule.margin_of(far[1]) == pytest.approx(
-        (1 + rule.margin) * math.exp(2.33 * rule.error * (math.hypot(1, steps[1]) - 1)) - 1
-    )
-    longer = near._replace(seqlen_q=1 << 16, seqlen_k=1 << 16, batch=64)
-    longest = near._replace(seqlen_q=4096, seqlen_k=4096, batch=16, num_heads=40)
-    assert rule.margin_of(longer) == rule.margin_of(longest) == pytest.approx(rule.margin)
-    assert Rule("forward", (128, 128), True, fa4=FA4, native=NATIVE, margin=0.1).margin_of(far[1]) == 0.1
+def test_the_margin_grows_with_the_distance_to_what_was_measured_and_falls_with_the_length():
+    rule = fit.rules(cells_of(FA4, NATIVE, 0.05), 132, cuts_of)[0]
+    typical = (128 * 300 * 512 * 1024 * 2048 * 4096) ** (1 / 6)
+
+    def expected(distance, keys):
+        times = math.hypot(1, distance / crossover.REACH) * (keys / typical) ** -crossover.FADE
+        return pytest.approx((1 + rule.margin) * math.exp(crossover.SIGMAS * rule.error * (times - 1)) - 1)
+
+    def at(seqlen, **sizes):
+        spec = SPEC._replace(**{"batch": 4, "num_heads": 16, "seqlen_q": seqlen, "seqlen_k": seqlen, **sizes})
+        return rule.margin_of(spec), rule.nearest(spec, 1)[0]
+
+    measured = [at(seqlen)[0] for seqlen in (128, 1024, 4096)]
+    assert measured == [expected(0, 128), expected(0, 1024), expected(0, 4096)]
+    assert measured[0] > rule.margin > measured[1] > measured[2] > 0
+    for seqlen in (64, 16):
+        margin, nearest = at(seqlen)
+        assert margin == expected(crossover.distance(4 * 16 * seqlen, seqlen, nearest), seqlen)
+        assert margin > measured[0] * 128 / seqlen / 2
+    longer, _ = at(1 << 16, batch=64)
+    assert longer == at(4096, batch=16, num_heads=40)[0] == expected(0, 4096)
+    assert Rule("forward", (128, 128), True, fa4=FA4, native=NATIVE, margin=0.1).margin_of(SPEC) == 0.1
 
 
 def test_kinds_get_rules_of_their_own():
@@ -322,7 +330,7 @@ def test_a_decision_shows_prediction_margin_and_neighbours():
     times = rule.predict(SPEC, 132, kernel_cuts(SPEC))
     assert decision.routed and codes(decision) == ["above_crossover"]
     text = decision.reasons[0].text
-    assert f"{times.fa4_us:.4g} µs" in text and f"{times.ratio:.2f}×" in text and f"margin {rule.margin:.2f}" in text
+    assert f"{times.fa4_us:.4g} µs" in text and f"{times.ratio:.2f}×" in text and f"margin {rule.margin_of(SPEC):.2f}" in text
     assert "measured: b4 h16 2048 " in text
     short = decide(SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256), H100, model_policy())
     assert codes(short) == ["below_crossover"] and "in eager mode 0.64×" in short.reasons[0].text
@@ -485,7 +493,7 @@ def test_the_shipped_table_says_where_it_comes_from():
 def test_no_measured_cell_is_routed_that_was_slower():
     """The kernels' own results against the table: a routed call was at most 3 % slower than torch's on the device and
     in a CUDA graph. So it was in eager mode, where a cell's few rounds on a host that others share tell the host's pace
-    to some 10 %; benchmarks/policy_promise.py has the patience."""
+    to some 20 %; benchmarks/policy_promise.py has the patience."""
     qualified = crossover_table.rows((crossover_table.QUALIFY,))
     kinds = {crossover_table.kind_of(cell) for cell in timed(qualified)}  # there its word goes
     cells = [cell for cell in crossover_table.forward_cells() if crossover_table.kind_of(cell) not in kinds]
@@ -497,4 +505,4 @@ def test_no_measured_cell_is_routed_that_was_slower():
         ratios[f"{direction} {name}"] = spec, on_device, native["eager_ms"] / fa4["eager_ms"]
     routed = {name: of_cell for name, (spec, *of_cell) in ratios.items() if decide(spec, H100).routed}
     assert len(routed) > len(ratios) // 3 > 10
-    assert not {name: of for name, of in routed.items() if min(of[0]) < 1 / 1.03 or of[1] < 1 / 1.15}
+    assert not {name: of for name, of in routed.items() if min(of[0]) < 1 / 1.03 or of[1] < 1 / 1.2}

@@ -39,7 +39,7 @@ FIGURES: dict[tuple[str, Pass], tuple[str, ...]] = {
     ),
 }
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
-WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
+WORST = 1.03  # times torch's time, that 95 of 100 calls at the margin are to stay within
 
 Kind = tuple[int, int, bool]  # head dims, is_causal
 
