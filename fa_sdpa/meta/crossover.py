@@ -373,14 +373,14 @@ def _rule(entry: dict[str, Any]) -> Rule:
     fa4, native = (_side(**entry[name]) if entry.get(name) else None for name in ("fa4", "native"))
     thresholds_rise = all(a[0] < b[0] for a, b in zip(steps, steps[1:], strict=False))
     is_model = fa4 is not None and native is not None
-    passes = entry["direction"] == "forward" or all(side.backward for side in (fa4, native) if side)
+    lacks_backward = entry["direction"] != "forward" and not all(side.backward for side in (fa4, native) if side)
     mask = entry.get("mask", "none")
     if (
         mask not in get_args(Mask)
         or entry["direction"] not in get_args(Direction)
         or bool(steps) == is_model
         or not thresholds_rise
-        or not passes
+        or lacks_backward
     ):
         raise ValueError(f"bad rule {dict(entry, measured=...)}")
     low, high = entry["head_dim"]
