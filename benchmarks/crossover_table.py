@@ -27,8 +27,7 @@ from sm90_masks import MASKS
 from fa_sdpa import kernels
 from fa_sdpa.bench.cells import Cell
 from fa_sdpa.meta import fit
-from fa_sdpa.meta.crossover import Crossover, Cuts, Direction, Mask, Rule, to_json
-from fa_sdpa.meta.spec import AttentionSpec
+from fa_sdpa.meta.crossover import Crossover, Direction, Mask, Rule, to_json
 from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
@@ -85,15 +84,10 @@ def kind_of(cell: fit.Timed) -> Kind:
 
 def models() -> list[Rule]:
     """A rule for each kind that was measured enough: by ``qualify`` if that did."""
-    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, cuts)
+    cuts_of = kernels.cuts_on(H100, NUM_SMS)
+    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, cuts_of)
     there = {kind_of_rule(rule) for rule in found}
-    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, cuts)
-
-
-def cuts(spec: AttentionSpec) -> Cuts:
-    found = kernels.cuts(spec, H100, NUM_SMS)
-    assert found is not None
-    return found
+    return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, cuts_of)
 
 
 def kind_of_rule(rule: Rule) -> Kind:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,7 +10,7 @@ import torch
 from . import kernels, tables
 from .kernels import quarantine
 from .kernels.jit import Jit
-from .meta.crossover import Crossover, Cuts, Direction, Mask, Rule, rows_of
+from .meta.crossover import Crossover, Direction, Mask, Rule, rows_of
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 
@@ -121,7 +120,7 @@ def _symbolic(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int) -> 
     for name, size in sizes.items():
         if isinstance(size, torch.SymInt):
             sizes[name] = _power_of_two_below(size)
-    threshold = rule.shortest(spec._replace(**sizes), num_sms, functools.partial(_cuts, target=target, num_sms=num_sms))
+    threshold = rule.shortest(spec._replace(**sizes), num_sms, kernels.cuts_on(target, num_sms))
     if threshold is None:
         return False, Reason("below_crossover", "fa4 is not predicted to be faster at every length from one on")
     return _by_length(spec, threshold)
@@ -139,7 +138,7 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
             return False, Reason("below_crossover", f"{name} {size} is below {least}, the least that was measured")
-    times = rule.predict(spec, num_sms, _cuts(spec, target, num_sms))
+    times = rule.predict(spec, num_sms, kernels.cuts_on(target, num_sms)(spec))
     assert times is not None, "a rule with a model"
     text = (
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
@@ -149,12 +148,6 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
         text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
     faster = rule.takes(spec, times)
     return faster, Reason("above_crossover" if faster else "below_crossover", text)
-
-
-def _cuts(spec: AttentionSpec, target: Target, num_sms: int) -> Cuts:
-    found = kernels.cuts(spec, target, num_sms)
-    assert found is not None, "a table with models is of an arch with kernels"
-    return found
 
 
 def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_table: bool) -> Reason:

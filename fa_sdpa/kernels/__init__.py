@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..meta.crossover import Cuts
+from ..meta.crossover import Cuts, CutsOf
 from ..meta.spec import AttentionSpec, Reason
 from ..meta.target import Target
 
@@ -39,3 +39,14 @@ def cuts(spec: AttentionSpec, target: Target, num_sms: int) -> Cuts | None:
         return None
     found: Cuts = import_module(f"{__name__}.{family}.config").cuts(spec, num_sms)
     return found
+
+
+def cuts_on(target: Target, num_sms: int) -> CutsOf:
+    """``cuts`` as a function of the call, on a GPU that has kernels."""
+
+    def of(spec: AttentionSpec) -> Cuts:
+        found = cuts(spec, target, num_sms)
+        assert found is not None, "what has a model of time has kernels"
+        return found
+
+    return of

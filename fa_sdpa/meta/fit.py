@@ -13,6 +13,7 @@ import torch
 from .crossover import (
     SIGMAS,
     Curve,
+    Cuts,
     CutsOf,
     Direction,
     Load,
@@ -140,14 +141,15 @@ class _Fit:
             measured=tuple(measured),
         )
 
+    def _cuts(self, cell: Timed, name: str) -> Cuts:
+        return self._cuts_of(cell.spec) if name == "fa4" else torch_cuts(cell.spec)
+
     def _load(self, cell: Timed, name: str, of: Pass) -> Load:
-        cuts = self._cuts_of(cell.spec) if name == "fa4" else torch_cuts(cell.spec)
-        return load(cell.spec, of, cuts.forward if of == "forward" else cuts.backward, self._num_sms)
+        return load(cell.spec, of, getattr(self._cuts(cell, name), of), self._num_sms)
 
     def _device_us(self, cell: Timed, name: str, direction: Direction) -> float:
         side = Side(0.0, self._forward[name], self._backward.get(name))
-        cuts = self._cuts_of(cell.spec) if name == "fa4" else torch_cuts(cell.spec)
-        return side.device_us(cell.spec, direction, cuts, self._num_sms)
+        return side.device_us(cell.spec, direction, self._cuts(cell, name), self._num_sms)
 
     def _figures(self, direction: Direction, cells: int) -> float:
         """How many figures of a side were fitted to cells of this direction, the mean of both."""
@@ -170,7 +172,8 @@ def curve(
     costs = _positive(columns / targets[:, None], rest / targets)
     if costs is None:
         raise ValueError("times that do not grow with the math")
-    return Curve.of([dict(zip(names, costs, strict=True)).get(name, 0.0) for name in Load._fields])
+    known = dict(zip(names, costs, strict=True))
+    return Curve.of([known.get(name, 0.0) for name in Load._fields])
 
 
 def _fitted(what: tuple[str, Pass], cells: int) -> tuple[str, ...]:

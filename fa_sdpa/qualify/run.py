@@ -21,7 +21,6 @@ from ..kernels import launch, quarantine, resources
 from ..kernels.cache import open_cache
 from ..kernels.key import KernelKey
 from ..meta import crossover, fit
-from ..meta.spec import AttentionSpec
 from ..meta.target import Target
 from . import grid
 from .session import Answer, Session
@@ -150,15 +149,11 @@ class Run:
             of_all = len(grid.TIMED) * len(self.steps.cells)
             self._notes.append(f"time was up: {self._unreached} of {of_all} cells were not timed; run again to go on")
         timed = grid.timed(rows)
-        rules = fit.rules(timed, self.target.num_sms, self._cuts) if timed else []
+        sms = self.target.num_sms
+        rules = fit.rules(timed, sms, kernels.cuts_on(self.target, sms)) if timed else []
         return Findings(
             self._about, self._settings.quick, build, checks, ceilings, rows, self._failed, self._notes, rules
         )
-
-    def _cuts(self, spec: AttentionSpec) -> crossover.Cuts:
-        found = kernels.cuts(spec, self.target, self.target.num_sms)
-        assert found is not None, "what was timed on a device has kernels there"
-        return found
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if name not in self._journal.done:
