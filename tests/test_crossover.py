@@ -29,6 +29,7 @@ from fa_sdpa.bench.cells import Cell  # noqa: E402
 from fa_sdpa.bench.report import by_cell  # noqa: E402
 from fa_sdpa.qualify.grid import timed  # noqa: E402
 
+LENGTHS = (128, 300, 512, 1024, 2048, 4096)
 H100 = Target("cuda", 90, "NVIDIA H100 80GB HBM3", 132, 232448)
 SPEC = AttentionSpec(torch.bfloat16, 4, 16, 16, 2048, 2048, 128, 128, True)
 FA4 = Side(25.0, ((0, Curve(2.0, 3.0, 700.0)),), Curve(9.0, 4.0, 600.0, row_gbs=900.0))
@@ -155,7 +156,7 @@ def cells_of(fa4, native, noise=0.0, direction="forward", seed=0, heads_kv=None)
     rng = random.Random(seed)
     cells = []
     for batch in (1, 4, 16):
-        for seqlen in (128, 300, 512, 1024, 2048, 4096):
+        for seqlen in LENGTHS:
             for heads in (5, 16, 40):
                 spec = SPEC._replace(batch=batch, num_heads=heads, num_heads_kv=heads_kv or heads)
                 spec = spec._replace(seqlen_q=seqlen, seqlen_k=seqlen, needs_grad=direction == "training")
@@ -199,6 +200,16 @@ def test_few_cells_have_few_figures():
     small = sum(cell.spec.seqlen_q <= 300 for cell in apart)
     assert 0 < small < fit.MIN_CELLS
     assert 64 not in dict(fit.rules(apart, 132, cuts_of)[0].fa4.forward)
+
+
+def test_what_cells_cannot_tell_apart_is_no_solvers_choice():
+    """Where each cell has one wave, that and the launch are one figure, however the columns' last bits fall."""
+    loads = [load(SPEC._replace(seqlen_k=s), "forward", Cut(128, 128, 16), 132)._replace(waves=1.0) for s in LENGTHS]
+    times = [7.0 + one.mflops / 600.0 for one in loads]
+    for bit in (0.0, 1e-16, -3e-15):
+        shaken = [one._replace(waves=1.0 + bit * (-1) ** i) for i, one in enumerate(loads)]
+        found = fit.curve(("fa4", "forward"), shaken, times)
+        assert (found.launch_us, found.tile_us) == (7.0, 0.0) and found.tflops == 600.0
 
 
 def test_grouped_heads_cost_the_host_more_and_torch_less():

@@ -40,6 +40,7 @@ FIGURES: dict[tuple[str, Pass], tuple[str, ...]] = {
     ),
 }
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
+DEPENDENT = 1e-9  # least share of the largest singular value that counts, where columns have a norm of 1
 WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
 
 Kind = tuple[int, int, bool]  # head dims, is_causal
@@ -193,14 +194,18 @@ def _host_ratio(cells: Sequence[Timed]) -> float:
 
 
 def _positive(columns: torch.Tensor, targets: torch.Tensor) -> list[float] | None:
-    """The costs c ≥ 0, the third one above 0, with columns · c nearest to targets."""
+    """The costs c ≥ 0, the third one above 0, with columns · c nearest to targets. Of columns that are a sum of others,
+    as waves are of launches where all cells have one, the last ones get 0: which shares a solver gives them depends on
+    the processor."""
     best, least, count = None, math.inf, columns.shape[1]
     present = [i for i in range(count) if columns[:, i].any()]
     for size in range(len(present), 0, -1):
         for chosen in itertools.combinations(present, size):  # what is left out is 0
             own = columns[:, chosen]
             scale = own.norm(dim=0)
-            solved = torch.linalg.lstsq(own / scale, targets[:, None])
+            solved = torch.linalg.lstsq(own / scale, targets[:, None], rcond=DEPENDENT, driver="gelsy")
+            if int(solved.rank) < size:
+                continue
             costs = dict(zip(chosen, (solved.solution[:, 0] / scale).tolist(), strict=True))
             off = float((own @ torch.tensor(list(costs.values()), dtype=own.dtype) - targets).square().sum())
             if min(costs.values()) >= 0 and costs.get(2, 0.0) > 0 and off < least * (1 - 1e-6):
