@@ -114,16 +114,22 @@ def test_recorded_calls(tmp_path, capsys):
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("mask", [None, (), (1, 2, 3), (2,), (2, 3)], ids=str)  # the dimensions that are of size 1
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(24, 24), (31, 9), (9, 31)])
-def test_reference_in_blocks_is_the_reference(monkeypatch, is_causal, seqlen_q, seqlen_k):
+def test_reference_in_blocks_is_the_reference(monkeypatch, is_causal, seqlen_q, seqlen_k, mask):
     inputs = measure.draw(Cell(2, 4, 2, seqlen_q, seqlen_k, 16, 8, is_causal, "fp32"), "both", "cpu")
+    if mask is not None:
+        sizes = [1 if dim in mask else size for dim, size in enumerate((2, 4, seqlen_q, seqlen_k))]
+        inputs = inputs._replace(attn_mask=torch.rand(sizes) < 0.7 if len(mask) % 2 else torch.randn(sizes))
     whole = gate.expected(inputs)
     monkeypatch.setattr(gate, "SCORES", 2 * seqlen_k * 5)  # five rows of two heads
     blocks = gate.expected(inputs)
     assert [(want.batch, want.head_kv) for want in blocks] == [(0, 0), (1, 1)]
     leaves = [x.detach().double().requires_grad_() for x in inputs[:3]]
-    out, _ = reference.attention(*leaves, is_causal=is_causal)
+    mask = inputs.attn_mask
+    mask = mask if mask is None or mask.dtype is torch.bool else mask.double()
+    out, _ = reference.attention(*leaves, is_causal=is_causal, attn_mask=mask)
     grads = torch.autograd.grad(out, leaves, inputs.dout.double())
     for want, same in zip(blocks, whole, strict=True):
         for i, x in enumerate((out, *grads)):
@@ -158,6 +164,19 @@ def test_who_is_wrong_or_refuses_is_not_timed(how):
     assert bad["reason"].startswith(expected.get(how, "wrong: out is off"))
     assert bad["eager_ms"] is None and bad["tflops"] is None
     assert native["reason"] == "" and native["eager_ms"] > 0
+
+
+def test_a_mask_is_in_every_call_and_who_ignores_it_is_wrong():
+    cell = SMALL._replace(is_causal=False)
+    mask = torch.rand(cell.batch, 1, cell.seqlen_q, cell.seqlen_k) < 0.6
+    ignores = Contender("ignores", lambda query, key, value, is_causal, attn_mask: sdpa(query, key, value, is_causal))
+    both = [contender("fa4"), contender("native"), ignores]
+    before = fa_sdpa.stats().routed
+    ours, native, bad = measure.measure(cell, "both", both, "cpu", rounds=1, attn_mask=mask)
+    assert (
+        [ours["reason"], native["reason"]] == ["", ""] and ours["ratio_eager"] > 0 and fa_sdpa.stats().routed > before
+    )
+    assert bad["reason"].startswith("wrong: out is off") and bad["eager_ms"] is None
 
 
 def test_ours_goes_through_the_router_and_native_does_not():

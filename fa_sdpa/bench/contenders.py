@@ -28,7 +28,7 @@ TORCH_BACKENDS = {
 NAMES = (OURS, NATIVE, *TORCH_BACKENDS, PEER)
 DEFAULT = tuple(name for name in NAMES if name != "math")
 
-Call = Callable[[Tensor, Tensor, Tensor, bool], Tensor]  # query, key, value (B, H, S, D), is_causal → out
+Call = Callable[..., Tensor]  # query, key, value (B, H, S, D), is_causal and, if there is one, attn_mask → out
 Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -38,13 +38,13 @@ class Contender(NamedTuple):
     name: str
     call: Call
     scope: Scope = contextlib.nullcontext  # to be open around calls; what opening it costs is nobody's time
-    refuses: Callable[[Tensor, Tensor, Tensor, bool], str] = lambda query, key, value, is_causal: ""
+    refuses: Callable[..., str] = lambda *call: ""  # why it does not take a call
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None = None) -> Tensor:
     """The call that programs make."""
     has_groups = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=has_groups)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=has_groups)
 
 
 def contender(name: str) -> Contender:
@@ -60,13 +60,18 @@ def contender(name: str) -> Contender:
     raise ValueError(f"no backend {name!r}: there are {', '.join(NAMES)}")
 
 
-def _not_routed(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str:
+def _not_routed(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None = None) -> str:
     """Why the router would leave this call to torch, with fa4's scope open."""
-    decision = explain(query, key, value, is_causal=is_causal, enable_gqa=query.shape[1] != key.shape[1])
+    has_groups = query.shape[1] != key.shape[1]
+    decision = explain(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=has_groups)
     return "" if decision.routed else str(decision)
 
 
-def _not_its_alignment(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str:
+def _not_its_alignment(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, attn_mask: Tensor | None = None
+) -> str:
+    if attn_mask is not None:
+        return "it takes no attn_mask"
     if is_causal and query.shape[2] != key.shape[2]:
         return "its causal mask is aligned at the bottom right"
     return ""

@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     value: Tensor  # (B, H_kv, Sk, Dv)
     dout: Tensor | None = None  # (B, H, Sq, Dv), where a backward is run
     is_causal: bool = False
+    attn_mask: Tensor | None = None  # (1 | B, 1 | H, 1 | Sq, 1 | Sk)
 
 
 class Expected(NamedTuple):
@@ -47,6 +48,7 @@ def expected(inputs: Inputs) -> list[Expected]:
             key=_widen(part.key),
             value=_widen(part.value),
             dout=None if part.dout is None else _widen(part.dout),
+            attn_mask=None if part.attn_mask is None else _widen(part.attn_mask),
         )
         summands = part.query.shape[1] * part.query.shape[2] if part.key.shape[2] == 1 else 1
         found.append(Expected(b, h, _math(wide), _math(part), summands))
@@ -54,19 +56,25 @@ def expected(inputs: Inputs) -> list[Expected]:
 
 
 def _widen(x: Tensor) -> Tensor:
+    if x.dtype is torch.bool:
+        return x
     return x.double() if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _group(inputs: Inputs, b: int, h: int) -> Inputs:
     """Key/value head ``h`` of sequence ``b``, and the query heads that read it."""
     group = inputs.query.shape[1] // inputs.key.shape[1]
-    of_query = slice(h * group, (h + 1) * group)
+    of_query, mask = slice(h * group, (h + 1) * group), inputs.attn_mask
+    if mask is not None:
+        mask = mask[b : b + 1] if mask.shape[0] > 1 else mask
+        mask = mask[:, of_query] if mask.shape[1] > 1 else mask
     return Inputs(
         inputs.query.detach()[b : b + 1, of_query],
         inputs.key.detach()[b : b + 1, h : h + 1],
         inputs.value.detach()[b : b + 1, h : h + 1],
         None if inputs.dout is None else inputs.dout[b : b + 1, of_query],
         inputs.is_causal,
+        mask,
     )
 
 
@@ -75,10 +83,10 @@ def _math(part: Inputs) -> tuple[Tensor, ...]:
     gradients of key and value are sums over the rows."""
     outs, dqs = [], []
     sums: list[Tensor] = []
-    for rows, dout, first in _blocks(part):
+    for rows, dout, mask, first in _blocks(part):
         leaves = [x.detach().requires_grad_(dout is not None) for x in (rows, part.key, part.value)]
         # Row r of the block is row first + r, and sees the keys up to that one.
-        out, _ = reference.attention(*leaves, window_right=first if part.is_causal else None)
+        out, _ = reference.attention(*leaves, attn_mask=mask, window_right=first if part.is_causal else None)
         outs.append(out.detach())
         if dout is not None:
             dq, *of_keys = torch.autograd.grad(out, leaves, dout)
@@ -90,12 +98,15 @@ def _math(part: Inputs) -> tuple[Tensor, ...]:
     return tuple(results)
 
 
-def _blocks(part: Inputs) -> Iterator[tuple[Tensor, Tensor | None, int]]:
+def _blocks(part: Inputs) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, int]]:
+    """Rows of query, dout and mask, and the first one's number."""
     heads, seqlen_q, seqlen_k = part.query.shape[1], part.query.shape[2], part.key.shape[2]
     step = max(SCORES // (heads * seqlen_k), 1)
     for first in range(0, seqlen_q, step):
         rows = slice(first, first + step)
-        yield part.query[:, :, rows], None if part.dout is None else part.dout[:, :, rows], first
+        mask = part.attn_mask
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, rows]
+        yield part.query[:, :, rows], None if part.dout is None else part.dout[:, :, rows], mask, first
 
 
 def judge(results: Sequence[Tensor], right: Sequence[Expected]) -> str:

@@ -38,6 +38,7 @@ def measure(
     patience_ms: float = 0.0,
     profile: bool = True,
     say: Say = lambda name: None,
+    attn_mask: Tensor | None = None,
 ) -> list[Row]:
     """The rows of a cell, one for each contender; one without times says why in ``reason``.
 
@@ -48,14 +49,16 @@ def measure(
         patience_ms: see timing.measure.
         profile: find the kernel that torch's choice runs; it costs some 0.1 s.
         say: hears who comes next, so that one who listens in another process knows whom to blame.
+        attn_mask: (1 | B, 1 | H, 1 | Sq, 1 | Sk), the same one in every call.
     """
+    how = modes, rounds, patience_ms, profile, say, attn_mask
     if device == "cuda":
         with torch.cuda.stream(torch.cuda.Stream()):  # one that can be captured, for forward and backward alike
-            rows = _measure(cell, direction, contenders, device, modes, rounds, patience_ms, profile, say)
+            rows = _measure(cell, direction, contenders, device, *how)
             torch.cuda.synchronize()
         torch.cuda.empty_cache()
     else:
-        rows = _measure(cell, direction, contenders, device, modes, rounds, patience_ms, profile, say)
+        rows = _measure(cell, direction, contenders, device, *how)
     for row in rows:
         _add_rates(row, cell, direction, ceilings or {})
     add_ratios(rows)
@@ -72,11 +75,13 @@ def _measure(
     patience_ms: float,
     profile: bool,
     say: Say,
+    attn_mask: Tensor | None,
 ) -> list[Row]:
     rows = {c.name: _blank(cell, direction, c.name) for c in contenders}
     try:
         say("inputs")
         sets = [draw(cell, direction, device) for _ in range(_num_sets(cell, direction, device))]
+        sets = [inputs._replace(attn_mask=attn_mask) for inputs in sets]
     except RuntimeError as error:  # no memory
         for row in rows.values():
             row["reason"] = f"no inputs: {brief(error)}"
@@ -97,7 +102,7 @@ def _measure(
             ready[contender.name] = prepared
             if contender.name == NATIVE:
                 query, key, value = sets[0][:3]
-                row["chosen"] = chosen_by_torch(query, key, value, cell.is_causal)
+                row["chosen"] = chosen_by_torch(query, key, value, cell.is_causal) if attn_mask is None else None
                 if device == "cuda" and profile:
                     row["kernel"] = kernels_of(prepared.runs[0])
         except Exception as error:  # each peer has its own way to refuse
@@ -163,7 +168,7 @@ def prepare(
     with contender.scope(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of every backend that does not take a call
         first = sets[0]
-        why = contender.refuses(first.query, first.key, first.value, first.is_causal)
+        why = contender.refuses(*_arguments(first))
         if why:
             return None, why
         results = _results(contender, direction, first)
@@ -176,23 +181,27 @@ def prepare(
         return Prepared(contender.scope, [_run(contender, direction, inputs) for inputs in sets]), ""
 
 
+def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """Of a contender's call."""
+    query, key, value, _, is_causal, attn_mask = inputs
+    return (query, key, value, is_causal) if attn_mask is None else (query, key, value, is_causal, attn_mask)
+
+
 def _results(contender: Contender, direction: Direction, inputs: Inputs) -> list[Tensor]:
     """out, and with a backward the gradients; no NaN that memory held before can pass for a result unseen."""
-    query, key, value, dout, is_causal = inputs
-    out = contender.call(query, key, value, is_causal)
-    if dout is None:
+    out = contender.call(*_arguments(inputs))
+    if inputs.dout is None:
         return [out]
-    return [out, *torch.autograd.grad(out, (query, key, value), dout)]
+    return [out, *torch.autograd.grad(out, inputs[:3], inputs.dout)]
 
 
 def _run(contender: Contender, direction: Direction, inputs: Inputs) -> timing.Run:
-    query, key, value, dout, is_causal = inputs
+    call, arguments, leaves, dout = contender.call, _arguments(inputs), inputs[:3], inputs.dout
     if direction == "forward":
-        return lambda: contender.call(query, key, value, is_causal)
-    leaves = (query, key, value)
+        return lambda: call(*arguments)
     if direction == "both":
-        return lambda: torch.autograd.grad(contender.call(query, key, value, is_causal), leaves, dout)
-    out = contender.call(query, key, value, is_causal)
+        return lambda: torch.autograd.grad(call(*arguments), leaves, dout)
+    out = call(*arguments)
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
