@@ -42,6 +42,7 @@ from forward_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fa_sdpa import _torch_private as private
 from fa_sdpa import reference
 from fa_sdpa.kernels import launch
 from fa_sdpa.kernels.key import KernelKey
@@ -111,7 +112,7 @@ def gradient_of(out: Tensor, layout: str) -> Tensor:
 
 
 class Poison(TorchDispatchMode):
-    """Within it allocated memory is not uninitialised but NaN, or the largest integer. Counts the tensors."""
+    """Within it allocated memory is not uninitialised but NaN, the largest integer, or True. Counts the tensors."""
 
     ALLOCATE = {
         *(torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided),
@@ -122,12 +123,24 @@ class Poison(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
+    def __enter__(self) -> Poison:
+        self.direct = private.empty_strided_cuda  # which no mode sees
+        private.empty_strided_cuda = lambda *layout: self.fill(self.direct(*layout))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        private.empty_strided_cuda = self.direct
+        super().__exit__(*error)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in self.ALLOCATE:
-            result.fill_(math.nan if result.is_floating_point() else torch.iinfo(result.dtype).max)
-            self.count += 1
-        return result
+        return self.fill(result) if func.overloadpacket in self.ALLOCATE else result
+
+    def fill(self, result: Tensor) -> Tensor:
+        self.count += 1
+        if result.is_floating_point():
+            return result.fill_(math.nan)
+        return result.fill_(1 if result.dtype is torch.bool else torch.iinfo(result.dtype).max)
 
 
 def math_grads(

@@ -4,7 +4,8 @@
     python benchmarks/crossover_table.py --check    exit status 1 where it differs from what would be written
 
 Kinds of calls (direction, head dims, mask) that qualify_h100.json has measured, the report.json of `python -m fa_sdpa
-qualify` on an H100, get a model of time fitted to it. So do the others whose forward was timed in enough cells by
+qualify` on an H100, get a model of time fitted to it; grouped_training_h100.json replaces, and adds to, its cells of
+grouped heads whose backward is cut into other parts since. So do the others whose forward was timed in enough cells by
 sm90_forward.py; their host's time is that of host_overhead_h100.json. The rest get thresholds: the shortest measured
 length from which on we are at least as fast as torch's default at every longer one, training by forward and backward
 together. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the
@@ -31,7 +32,7 @@ from fa_sdpa.meta.crossover import Crossover, Direction, Mask, Rule, to_json
 from fa_sdpa.qualify.grid import timed
 
 TABLE = ROOT / "fa_sdpa/meta/tables/sm90.json"
-QUALIFY, HOST = "qualify_h100", "host_overhead_h100"
+QUALIFY, HOST = ("qualify_h100", "grouped_training_h100"), "host_overhead_h100"  # later cells replace earlier ones
 FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100",)
 MASKED: dict[Direction, str] = {"forward": "sm90_masks_h100", "training": "sm90_masks_training_h100"}
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
@@ -85,7 +86,7 @@ def kind_of(cell: fit.Timed) -> Kind:
 def models() -> list[Rule]:
     """A rule for each kind that was measured enough: by ``qualify`` if that did."""
     cuts_of = kernels.cuts_on(H100, NUM_SMS)
-    found = fit.rules(timed(rows((QUALIFY,))), NUM_SMS, cuts_of)
+    found = fit.rules(timed(rows(QUALIFY)), NUM_SMS, cuts_of)
     there = {kind_of_rule(rule) for rule in found}
     return found + fit.rules((cell for cell in forward_cells() if kind_of(cell) not in there), NUM_SMS, cuts_of)
 
@@ -119,7 +120,7 @@ def thresholds(direction: Direction, of: dict[tuple[int, bool, int], tuple[float
             threshold = cell[2]
         if threshold is not None:
             steps = [(1, max(threshold, FREE_SEQLEN))]
-            steps += [(MIN_TOKENS // s, s) for s in (1024, 512) if threshold <= s]
+            steps += [(MIN_TOKENS // s, s) for s in (1024, 512, 256, 128) if threshold <= s < FREE_SEQLEN]
             found.append(Rule(direction, (head_dim, head_dim), is_causal, tuple(steps)))
     return found
 
@@ -153,7 +154,7 @@ def table() -> str:
     rest = [*thresholds("forward", forward), *thresholds("training", training)]
     rules += [rule for rule in rest if kind_of_rule(rule) not in there]
     rules += masked()
-    files = (QUALIFY, *FORWARD, *BACKWARD, *MASKED.values(), HOST)
+    files = (*QUALIFY, *FORWARD, *BACKWARD, *MASKED.values(), HOST)
     provenance = {name: about["provenance"] for name in files if (about := content(name))}
     sources = ", ".join(f"{name}.json ({about['commit'][:7]})" for name, about in provenance.items())
     newest = max(provenance.values(), key=lambda about: about["date"])

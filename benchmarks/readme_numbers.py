@@ -1,8 +1,8 @@
-"""Writes the tables of README.md from benchmarks/results/*.json, and below `$ python -m fa_sdpa explain …` what that
-prints, so that no number in it is typed by hand.
+"""Writes the tables of README.md and docs/kernels/masks.md from benchmarks/results/*.json, and below
+`$ python -m fa_sdpa explain …` what that prints, so that no number in them is typed by hand.
 
 python benchmarks/readme_numbers.py           rewrite what stands between <!-- NAME.json --> and <!-- end -->
-python benchmarks/readme_numbers.py --check   exit status 1 where README.md differs from that
+python benchmarks/readme_numbers.py --check   exit status 1 where a page differs from that
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -21,7 +22,6 @@ from provenance import RESULTS, ROOT  # first: it makes this checkout importable
 from fa_sdpa.__main__ import main as command_line
 
 EXPLAIN = re.compile(r"(\$ python -m fa_sdpa explain (.*)\n).*\n")
-README = ROOT / "README.md"
 BLOCK = re.compile(r"(<!-- (\S+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -99,7 +99,43 @@ def host_overhead(content: dict[str, Any]) -> str:
     return markdown(["host time of a call", "measured", "must", "aim"], rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+def masks(content: dict[str, Any]) -> str:
+    """Ours with the mask prepared before, and the best peer, a row for each mask; d64 and d128."""
+    rows: dict[str, list[str]] = {}
+    cells = [cell for cell in content["results"] if cell["ratio"] and cell["head_dim"] in (64, 128)]
+    for cell in sorted(cells, key=lambda cell: (cell["head_dim"], cell["seqlen"])):
+        best = cell["ours"] / cell["ratio"]
+        rows.setdefault(cell["mask"], []).append(f"{cell['ours']:.0f}/{best:.0f}")
+    shapes = sorted({(cell["head_dim"], cell["seqlen"]) for cell in cells})
+    header = [f"{content['unit']}: fa_sdpa/best of torch, cuDNN, efficient", *(f"d{d} {s}" for d, s in shapes)]
+    return markdown(header, [[name, *entries] for name, entries in rows.items()])
+
+
+def masks_in_full(content: dict[str, Any]) -> str:
+    """Every contender in every cell."""
+    names = ("ours", "ours, fresh", "ours, no mask", "torch", "cudnn", "efficient")
+    rows = []
+    for cell in sorted(content["results"], key=lambda cell: (cell["head_dim"], cell["seqlen"])):
+        figures = [f"{cell[name]:.0f}" if cell[name] else "–" for name in names]
+        ratio = f"{cell['ratio']:.2f}" if cell["ratio"] else ""
+        rows.append([f"{cell['mask']}, {cell['seqlen']}, {cell['head_dim']}", *figures, ratio])
+    header = ["mask, length, head dim", "prepared", "fresh", "without mask", "torch", "cuDNN", "efficient"]
+    return markdown([*header, "best peer's time over ours"], rows)
+
+
+def masked_models(content: dict[str, Any]) -> str:
+    """transformers with masks, without and with us."""
+    rows = []
+    for row in content["results"]:
+        times = row["torch_ms"], row["fa_sdpa_ms"]
+        errors = f"{row['error_torch']:.3f}, {row['error']:.3f}"
+        rows.append([f"{row['model']}, {row['mode']}", *(f"{ms:.1f}" for ms in times), f"{times[0] / times[1]:.2f}×"])
+        rows[-1] += [f"{row['routed']} of {row['routed'] + row['left to torch']}", errors]
+    return markdown(["ms", "torch", "fa_sdpa", "ratio", "routed", "off fp32: torch, fa_sdpa"], rows)
+
+
+Tables = dict[str, Callable[[dict[str, Any]], str]]
+OF_README: Tables = {
     "sm90_forward_h100": kernel,
     "sm90_backward_h100": kernel,
     "llama_eval_h100": llama,
@@ -107,10 +143,17 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "first_call_h100": first_call,
     "host_overhead_h100": host_overhead,
     "policy_promise_h100": promise,
+    "sm90_masks_h100": masks,
+    "sm90_masks_training_h100": masks,
+    "masked_models_h100": masked_models,
+}
+PAGES: dict[str, Tables] = {
+    "README.md": OF_README,
+    "docs/kernels/masks.md": {"sm90_masks_h100": masks_in_full, "sm90_masks_training_h100": masks_in_full},
 }
 
 
-def block(name: str) -> str:
+def block(page: str, name: str) -> str:
     """The table of one result file and where it was measured."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
@@ -118,7 +161,8 @@ def block(name: str) -> str:
     content = json.loads(path.read_text())
     about = content["provenance"]
     machine = f"{about['device']}, torch {about['torch']}, cuDNN {about['cudnn']}, {about['date']}"
-    return f"{TABLES[name](content)}\n{machine}, commit {about['commit']} ([{path.name}]({path.relative_to(ROOT)})).\n"
+    link = os.path.relpath(path, (ROOT / page).parent)
+    return f"{PAGES[page][name](content)}\n{machine}, commit {about['commit']} ([{path.name}]({link})).\n"
 
 
 def explanation(arguments: str) -> str:
@@ -128,14 +172,20 @@ def explanation(arguments: str) -> str:
     return said.getvalue()
 
 
+def written(page: str, text: str) -> str:
+    """A page with its tables and explanations as they are to be."""
+    text = BLOCK.sub(lambda match: match[1] + block(page, match[2]) + match[3], text)
+    return EXPLAIN.sub(lambda match: match[1] + explanation(match[2]), text)
+
+
 def main() -> None:
-    text = README.read_text()
-    fresh = BLOCK.sub(lambda match: match[1] + block(match[2]) + match[3], text)
-    fresh = EXPLAIN.sub(lambda match: match[1] + explanation(match[2]), fresh)
-    if "--check" not in sys.argv[1:]:
-        README.write_text(fresh)
-    elif fresh != text:
-        sys.exit("README.md is out of date: python benchmarks/readme_numbers.py")
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        fresh = written(page, text)
+        if "--check" not in sys.argv[1:]:
+            (ROOT / page).write_text(fresh)
+        elif fresh != text:
+            sys.exit(f"{page} is out of date: python benchmarks/readme_numbers.py")
 
 
 if __name__ == "__main__":

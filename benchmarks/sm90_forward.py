@@ -129,7 +129,7 @@ def _in_scope(peer: Contender) -> Call:
 def refusal(call: Call, tensors: tuple[Tensor, ...], is_causal: bool, expected: Tensor | None) -> str:
     """Why ``call`` is not timed in a cell: it raises, or gives something else; empty if it is."""
     try:
-        out = call(*tensors, is_causal)  # type: ignore[call-arg, arg-type]
+        out = call(*tensors, is_causal)
     except Exception as error:  # each peer has its own way to refuse
         return brief(error)
     if expected is None:

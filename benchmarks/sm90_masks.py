@@ -11,7 +11,8 @@ status 1 before anything is timed.
 Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, 2048 // d heads; contenders take turns
 as in sm90_forward.py, and each round is do_bench's median (L2 flushed before each call). TFLOP/s from all flops,
 4·B·H·S²·D, in training 14, whatever the mask hides. "ours" reuses what it prepared of the mask, as the layers of a
-model do, "ours, fresh" prepares it in every call. The ratio is the best peer's time over ours.
+model do, "ours, fresh" prepares it in every call. The ratio is the best peer's time over ours. d64 and d128; other head
+dims with two of the masks, for the crossover table.
 
     padding     (B, 1, 1, S) bool, lengths evenly from S / 2 to S
     triangle    (1, 1, S, S) bool, and the same in bf16 with -inf
@@ -26,6 +27,7 @@ import contextlib
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +45,13 @@ from mask_cases import check, gate, keys_of, random_masked_case, spec_of  # noqa
 from provenance import save  # noqa: E402
 from sm90_forward import TOKENS, Run, bench_ms  # noqa: E402
 
+from fa_sdpa import kernels  # noqa: E402
 from fa_sdpa.bench.contenders import brief  # noqa: E402
 from fa_sdpa.kernels import launch, masks  # noqa: E402
-from fa_sdpa.meta.spec import Options  # noqa: E402
+from fa_sdpa.meta.spec import MaskKind, Options  # noqa: E402
 from fa_sdpa.ops.attention import attention_fwd  # noqa: E402
 
-MASKS = {
+MASKS: dict[str, MaskKind] = {
     "padding": "bool",
     "triangle": "bool",
     "triangle, bf16": "bf16",
@@ -71,26 +74,42 @@ class Cell(NamedTuple):
 
     @property
     def flops(self) -> float:
-        return 4.0 * TOKENS * self.seqlen * 2048
+        case = self.case
+        return 4.0 * case.batch * case.heads * case.seqlen_q * case.seqlen_k * case.head_dim
 
     def make(self) -> Tensor:
         """Its mask."""
-        size, batch = self.seqlen, TOKENS // self.seqlen
-        if self.mask == "padding":
-            lengths = torch.linspace(size // 2, size, batch, device="cuda").long()
-            return (torch.arange(size, device="cuda") < lengths[:, None])[:, None, None]
-        if self.mask == "random":
-            return torch.rand(1, 1, size, size, device="cuda") < 0.5
-        if self.mask in ("bias", "bias, fp32"):
-            dtype = torch.bfloat16 if self.mask == "bias" else torch.float32
-            return torch.randn(1, 2048 // self.head_dim, size, size, device="cuda", dtype=dtype)
-        triangle = torch.ones(1, 1, size, size, device="cuda", dtype=torch.bool).tril()
-        if self.mask == "triangle":
-            return triangle
-        return torch.zeros(triangle.shape, device="cuda", dtype=torch.bfloat16).masked_fill(~triangle, -math.inf)
+        return make_mask(self.mask, TOKENS // self.seqlen, 2048 // self.head_dim, self.seqlen)
 
 
-CELLS = [Cell(mask, size, d) for d in (64, 128) for size in (1024, 4096) for mask in MASKS]
+def make_mask(kind: str, batch: int, heads: int, size: int) -> Tensor:
+    """One of MASKS for so many queries and keys."""
+    if kind == "padding":
+        lengths = torch.linspace(size // 2, size, batch, device="cuda").long()
+        return (torch.arange(size, device="cuda") < lengths[:, None])[:, None, None]
+    if kind == "random":
+        return torch.rand(1, 1, size, size, device="cuda") < 0.5
+    if kind in ("bias", "bias, fp32"):
+        dtype = torch.bfloat16 if kind == "bias" else torch.float32
+        return torch.randn(1, heads, size, size, device="cuda", dtype=dtype)
+    triangle = torch.ones(1, 1, size, size, device="cuda", dtype=torch.bool).tril()
+    if kind == "triangle":
+        return triangle
+    return torch.zeros(triangle.shape, device="cuda", dtype=torch.bfloat16).masked_fill(~triangle, -math.inf)
+
+
+GRID = [Cell(mask, size, d) for d in (64, 128) for size in (128, 256, 512, 1024, 4096) for mask in MASKS]
+BREADTH = [Cell(mask, size, d) for d in (80, 96, 192, 256) for size in (512, 1024, 4096) for mask in ("random", "bias")]
+LONG = 1024  # from here on a cell of GRID is in the summary
+
+
+def cells_of(names: Sequence[str], training: bool) -> list[Cell]:
+    """The cells of these masks that there are kernels for."""
+
+    def runs(cell: Cell) -> bool:
+        return not kernels.unsupported(spec_of(cell.case, MASKS[cell.mask], training), H100)
+
+    return [cell for cell in (*GRID, *BREADTH) if cell.mask in names and runs(cell)]
 
 
 def contenders(mask: Tensor) -> dict[str, Run]:
@@ -181,8 +200,9 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Geomean and minimum of the ratios for each mask."""
-    found = {mask: [row["ratio"] for row in rows if row["mask"] == mask and row["ratio"]] for mask in MASKS}
+    """Geomean and minimum of the ratios for each mask, at d64 and d128 from LONG tokens on."""
+    long = [row for row in rows if row["ratio"] and row["seqlen"] >= LONG and row["head_dim"] in (64, 128)]
+    found = {mask: [row["ratio"] for row in long if row["mask"] == mask] for mask in MASKS}
     return {
         mask: {"geomean": round(statistics.geometric_mean(ratios), 4), "minimum": min(ratios)}
         for mask, ratios in found.items()
@@ -202,7 +222,7 @@ def main() -> None:
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
     draw, judged = (random_backward_case, check_backward) if args.training else (random_masked_case, check)
-    cells = [cell for cell in CELLS if cell.mask in args.masks]
+    cells = cells_of(args.masks, args.training)
     if args.list_keys:
         cases = [draw(args.seed, index) for index in range(args.cases)]
         calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in cells)]

@@ -412,6 +412,8 @@ def verify_masked_backward(masked: MaskedCase, num_sms: int) -> None:
     from forward_cases import inputs
     from mask_cases import make_mask
 
+    from fa_sdpa.kernels import launch
+
     case = masked.case
     query, key, value, _ = inputs(case, source="cpu")
     mask = make_mask(masked, "cpu")
@@ -419,7 +421,11 @@ def verify_masked_backward(masked: MaskedCase, num_sms: int) -> None:
     dout = torch.randn(*query.shape[:3], case.head_dim_v).to(query.dtype)
     wide_mask = mask.cpu() if mask.dtype is torch.bool else mask.cpu().float()
     refs, out, lse = math_grads(wide, dout, None, case.options, wide_mask)
-    lse = lse.clamp(min=-(2.0**18))  # as the forward cuts it off
+    if mask.dtype is not torch.bool:  # a row whose keys all lie far below where the forward cuts scores off
+        unit = launch._scaling(case.options, case.head_dim)[1]
+        cut = -(launch._biasing(mask, unit)[1] or 0.0) * unit
+        seen = (wide_mask.expand(*lse.shape, -1) > -math.inf).sum(-1)
+        lse = torch.where(lse < cut, cut + seen.log(), lse)
     lse = lse.masked_fill((out == 0).all(-1), -math.inf)
     out, lse = out.to(query.dtype).cuda(), lse.cuda()
     compare_grads((dout.cuda(), query, key, value, out, lse, case.options, mask), refs, num_sms, masked)

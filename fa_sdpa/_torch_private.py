@@ -231,6 +231,12 @@ is_deterministic: Callable[[], bool] = getattr(
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
+# torch.cuda.current_stream(device).cuda_stream without the object.
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
 def empty_strided_cuda(size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """torch.empty_strided on the current CUDA device in a third of its time: what compiled graphs allocate with."""
     return torch.empty_strided(size, stride, dtype=dtype, device="cuda")

@@ -45,6 +45,7 @@ class Tally(NamedTuple):
     """Counts the calls that share a backend and the codes of its reasons."""
 
     routed: bool
+    codes: tuple[str, ...]  # of the reasons
     tick: Callable[[], int]  # counts one call: a single C call, so threads need no lock, which would cost 0.2 µs
     counter: itertools.count[int]
 
@@ -61,11 +62,12 @@ _lock = threading.Lock()
 
 def tally(where: Where, decision: Decision) -> Tally:
     """The tally that counts decisions like this one."""
-    key = (where, decision.routed, tuple(reason.code for reason in decision.reasons))
+    codes = tuple(reason.code for reason in decision.reasons)
+    key = (where, decision.routed, codes)
     with _lock:
         if key not in _tallies:
             counter = itertools.count()
-            _tallies[key] = Tally(decision.routed, counter.__next__, counter)
+            _tallies[key] = Tally(decision.routed, codes, counter.__next__, counter)
         return _tallies[key]
 
 

@@ -11,6 +11,7 @@ from . import kernels, tables
 from .kernels import quarantine
 from .kernels.jit import Jit
 from .meta.crossover import Crossover, Direction, Mask, Rule, rows_of
+from .meta.shapes import DENSE
 from .meta.spec import AttentionSpec, Decision, Reason
 from .meta.target import Target
 
@@ -61,10 +62,15 @@ class Policy:
 
 
 AUTO = Policy()
+HOST_DECIDES = "host_decides"  # the reason of a call that is routed, but would not be in a graph
 
 
-def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail: bool = False) -> Decision:
+def decide(
+    spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail: bool = False, in_graph: bool = False
+) -> Decision:
     """Where a call goes: to fa4 or to torch ("native").
+
+    ``in_graph``: the call becomes part of a compiled graph or a CUDA graph; else the host makes it anew each time.
 
     Batch and sequence lengths are compared only with the steps of one crossover rule, so that a graph with symbolic
     sizes is guarded by no more than that. With ``detail`` the reason of a prediction names the measured cells nearest
@@ -79,19 +85,26 @@ def decide(spec: AttentionSpec, target: Target, policy: Policy = AUTO, *, detail
         return Decision("native", refusals) if refusals else Decision("fa4", (_ALWAYS,))
     if refusals and isinstance(spec.seqlen_q, torch.SymInt):
         return Decision("native", refusals)  # refused whatever its length: don't make the graph depend on that
-    faster, reasons = _crossover(spec, target, policy, detail)
+    faster, reasons = _crossover(spec, target, policy, detail, in_graph)
     if refusals or not faster:
         return Decision("native", refusals if faster else (*refusals, *reasons))
     return Decision("fa4", reasons)
 
 
 _ALWAYS = Reason("policy_always", "the policy is 'always' and a kernel runs this call")
+_DENSE_BIAS = Reason(
+    "dense_bias", f"a floating attn_mask with a value for fewer than {DENSE} scores each: reading it takes the time"
+)
 
 
-def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool) -> tuple[bool, tuple[Reason, ...]]:
+def _crossover(
+    spec: AttentionSpec, target: Target, policy: Policy, detail: bool, in_graph: bool
+) -> tuple[bool, tuple[Reason, ...]]:
     """Whether fa4 was measured faster, and the reasons to give."""
     direction: Direction = "training" if spec.needs_grad else "forward"
     mask: Mask = spec.mask if spec.mask in ("none", "bool") else "float"
+    if spec.dense_bias:
+        return False, (_DENSE_BIAS,)
     found, refused = policy.tables(target)
     for table in found:
         rule = table.find(direction, spec.head_dim, spec.head_dim_v, spec.is_causal, mask)
@@ -102,7 +115,7 @@ def _crossover(spec: AttentionSpec, target: Target, policy: Policy, detail: bool
         elif any(isinstance(size, torch.SymInt) for size in spec[1:6]):
             faster, reason = _symbolic(spec, rule, target, target.num_sms or table.num_sms)
         else:
-            faster, reason = _predicted(spec, rule, target, target.num_sms or table.num_sms, detail)
+            faster, reason = _predicted(spec, rule, target, target.num_sms or table.num_sms, detail, in_graph)
         return faster, (reason,) if faster else (reason, *refused)
     return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
 
@@ -133,7 +146,9 @@ def _power_of_two_below(size: torch.SymInt) -> int:
     return power if size >= power else 1
 
 
-def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, detail: bool) -> tuple[bool, Reason]:
+def _predicted(
+    spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, detail: bool, in_graph: bool
+) -> tuple[bool, Reason]:
     asked = (spec.seqlen_q, spec.seqlen_k, rows_of(spec))
     for name, size, least in zip(("seqlen_q", "seqlen_k", "query rows"), asked, rule.least, strict=True):
         if size < least:
@@ -142,12 +157,15 @@ def _predicted(spec: AttentionSpec, rule: Rule, target: Target, num_sms: int, de
     assert times is not None, "a rule with a model"
     text = (
         f"predicted {times.fa4_us:.4g} µs on the device, torch {times.native_us:.4g}: {times.ratio:.2f}×, margin "
-        f"{rule.margin_of(spec):.2f}; in eager mode {times.ratio_eager:.2f}×"
+        f"{times.margin:.2f}; in eager mode {times.ratio_eager:.2f}×"
     )
     if detail:
         text += f"; measured: {', '.join(map(str, rule.nearest(spec)))}"
-    faster = rule.takes(spec, times)
-    return faster, Reason("above_crossover" if faster else "below_crossover", text)
+    if times.is_faster if in_graph else times.is_faster_in_eager_mode:
+        return True, Reason("above_crossover", text)
+    if not in_graph and times.host_decides:
+        return True, Reason(HOST_DECIDES, f"{text}, where the host decides; in a graph it is left to torch")
+    return False, Reason("below_crossover", text)
 
 
 def _unmeasured(spec: AttentionSpec, direction: Direction, target: Target, has_table: bool) -> Reason:

@@ -9,6 +9,7 @@ are keyed by that graph, can't return the other state's code.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ from .alike import Alike, Memory
 from .counts import Tally, tally
 from .kernels import jit, launch, masks
 from .kernels.compile import KernelUnavailable
-from .meta.shapes import mask_fits
+from .meta.shapes import is_dense, mask_fits
 from .meta.spec import AttentionSpec, Decision, Reason, mask_kind
 from .meta.target import Target
 from .ops import VERSION, attention
-from .policy import decide
+from .policy import HOST_DECIDES, decide
 from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
@@ -47,9 +48,11 @@ class Circumstances(NamedTuple):
     rows_contiguous: bool = True
     mask_fits: bool = True  # attn_mask is strided, on the device of the others, and broadcasts to the scores
     mask_needs_grad: bool = False
+    dense_bias: bool = False  # which is the policy's to judge
 
 
 _ORDINARY = Circumstances()
+_DENSE_BIAS = Circumstances(dense_bias=True)
 
 
 class Call(NamedTuple):
@@ -69,6 +72,7 @@ class Call(NamedTuple):
     needs_grad: bool
     deterministic: bool
     circumstances: Circumstances = _ORDINARY
+    captured: bool = False  # in a CUDA graph
 
 
 # ---- eager -----------------------------------------------------------------------------------------------------------
@@ -116,15 +120,9 @@ def sdpa(
     if token != OFF:
         alike = _calls.latest.next
         foreseen = (
-            alike.same(query, key, value)
-            and alike.facts  # == _facts(token, …), but here the call of a function counts
-            == (
-                token,
-                attn_mask if attn_mask is None else attn_mask.dtype,
-                dropout_p,
-                is_causal,
-                tuple(named.items()) if named else (),
-            )
+            alike.facts  # == _facts(token, …), but here the call of a function counts
+            == (token, attn_mask is None, dropout_p, is_causal, tuple(named.items()) if named else ())
+            and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
             and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
         )
         if foreseen and alike.run is None:
@@ -133,7 +131,9 @@ def sdpa(
         elif foreseen and _undisturbed():
             _calls.latest = alike
             alike.tick()
-            return alike.run(query, key, value)  # type: ignore[misc]
+            if attn_mask is None:
+                return alike.run(query, key, value)  # type: ignore[misc]
+            return alike.run(query, key, value, attn_mask)  # type: ignore[misc]
         else:
             out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
             if out is not None:
@@ -169,7 +169,7 @@ def _facts(
     token: str, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, named: dict[str, Any]
 ) -> tuple[Any, ...]:
     """What calls that are alike share besides their tensors and modes."""
-    return token, None if attn_mask is None else attn_mask.dtype, dropout_p, is_causal, tuple(named.items())
+    return token, attn_mask is None, dropout_p, is_causal, tuple(named.items())
 
 
 def _modes() -> tuple[bool, bool]:
@@ -192,58 +192,99 @@ def _looked_at(
         if torch.compiler.is_exporting():
             tally("eager", Decision("native", (_EXPORT,))).tick()
         return None
-    given = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if not _plain(*given):
-        _unusual(*given).tick()
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if not _plain(*tensors):
+        _unusual(*tensors).tick()
         return None
-    tensors, epoch = (query, key, value), _calls.epoch
-    facts, modes = _facts(token, attn_mask, dropout_p, is_causal, named), _modes()
-    strided = query.layout is key.layout is value.layout is torch.strided
-    alike = _calls.find(facts, *tensors, modes=modes) if strided else None
+    facts = _facts(token, attn_mask, dropout_p, is_causal, named)
+    strided = all([x.layout is torch.strided for x in tensors])
+    alike = _calls.find(facts, *tensors, modes=_modes()) if strided else None
     if alike is not None and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
+    return _decided_anew(facts, *tensors, keeps=strided and alike is None)
+
+
+def _decided_anew(
+    facts: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *mask: Tensor, keeps: bool
+) -> Tensor | None:
+    """A call of plain tensors, whatever served those like it; None if it is torch's. ``keeps``: for those to come."""
+    tensors, attn_mask, epoch, modes = (query, key, value, *mask), mask[0] if mask else None, _calls.epoch, _modes()
+    token, _, dropout_p, is_causal, items = facts
+    named = dict(items)
     scale, enable_gqa = named.get("scale"), named.get("enable_gqa", False)
     call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
+    call = call._replace(captured=jit.capturing())
+    keeps = keeps and not call.captured
     counted = _decided.get(call) or _remember(call, epoch)
-    if not counted.routed:
-        counted.tick()
-        if strided and call in _decided:
-            matter = None if _left_in_all_modes(call, *tensors) else modes
-            alike = Alike(private.same_tensors(*tensors), facts, None, counted.tick, matter)
-            _calls.keep(alike, epoch, *tensors, modes=modes)
-        return None
-    call = call._replace(circumstances=_circumstances(*tensors, attn_mask))  # they can only take a call away from fa4
-    if call.circumstances != _ORDINARY:
-        counted = _decided.get(call) or _remember(call, epoch)
-        counted.tick()
-        return None
+    if counted.routed:  # but for a dense bias, which the policy may take, they can only take a call away from fa4
+        call = call._replace(circumstances=_circumstances(query, key, value, attn_mask))
+        if call.circumstances != _ORDINARY:
+            counted = _decided.get(call) or _remember(call, epoch)
+        if call.circumstances not in (_ORDINARY, _DENSE_BIAS):
+            counted.tick()
+            return None
     counted.tick()
+    if not counted.routed:
+        if keeps and call in _decided:
+            _calls.keep(_left(call, counted, facts, modes, *tensors), epoch, *tensors, modes=modes)
+        return None
     out = _by_op(query, key, value, attn_mask, is_causal, scale)
-    if (
-        attn_mask is None
-        and out is not None
-        and private.in_memory(*tensors)
-        and _undisturbed()
-        and private.nothing_changes_ops()
-    ):
-        run = attention.prepared(*tensors, out.requires_grad, is_causal=is_causal, scale=scale)
+    if keeps and out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
+        run = attention.prepared(*tensors, needs_grad=out.requires_grad, is_causal=is_causal, scale=scale)
         alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes)
+        if counted.codes == (HOST_DECIDES,):
+            alike.run, alike.tick = _unless_captured(run, counted.tick, facts), _nothing
         _calls.keep(alike, epoch, *tensors, modes=modes)
     return out
 
 
-def _left_in_all_modes(call: Call, *tensors: Tensor) -> bool:
-    """Whether a call that is left to torch is left by the same reasons whatever its modes: who repeats it need not ask
-    for them. Where no tensor requires gradients, grad mode makes no difference."""
-    codes = _codes(decide_call(call, act=False))
+def _left(call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool, bool], *tensors: Tensor) -> Alike:
+    """What serves calls like one that is torch's: nothing, or torch but in a CUDA graph, if the policy routes it there,
+    where the host's time counts for nothing. Its kernels are made ready now, as they cannot be in a capture."""
+    same = private.same_tensors(*tensors)
+    if counted.codes == ("below_crossover",) and decide_call(call._replace(captured=True)).routed:
+        run = functools.partial(_torchs, facts)
+        return Alike(same, facts, _unless_captured(run, counted.tick, facts), _nothing, modes)
+    matter = None if _left_in_all_modes(call, counted.codes, *tensors) else modes
+    return Alike(same, facts, None, counted.tick, matter)
+
+
+def _unless_captured(
+    run: Callable[..., Tensor], tick: Callable[[], int], facts: tuple[Any, ...]
+) -> Callable[..., Tensor]:
+    """What serves, and counts, calls that go another way in a CUDA graph."""
+
+    def either(*tensors: Tensor) -> Tensor:
+        if not torch.cuda.is_current_stream_capturing():
+            tick()
+            return run(*tensors)
+        out = _decided_anew(facts, *tensors, keeps=False)
+        return _torchs(facts, *tensors) if out is None else out
+
+    return either
+
+
+def _torchs(facts: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
+    """Torch's own answer."""
+    _, _, dropout_p, is_causal, items = facts
+    return _native(_KEYSET, query, key, value, mask[0] if mask else None, dropout_p, is_causal, **dict(items))
+
+
+def _nothing() -> None:
+    """Instead of counting."""
+
+
+def _left_in_all_modes(call: Call, codes: tuple[str, ...], *tensors: Tensor) -> bool:
+    """Whether a call that is left to torch by these reasons is left by the same whatever its modes: who repeats it need
+    not ask for them. Where no tensor requires gradients, grad mode makes no difference."""
     recorded = (False, True) if any(x.requires_grad for x in tensors) else (False,)
-    others = (call._replace(needs_grad=g, deterministic=d) for g in recorded for d in (False, True))
-    return all(_codes(decide_call(other, act=False)) == codes for other in others)
-
-
-def _codes(decision: Decision) -> tuple[bool, tuple[str, ...]]:
-    return decision.routed, tuple(reason.code for reason in decision.reasons)
+    for modes in itertools.product(recorded, (False, True)):
+        if modes != (call.needs_grad, call.deterministic):
+            other = decide_call(call._replace(needs_grad=modes[0], deterministic=modes[1]), act=False)
+            if other.routed or tuple(reason.code for reason in other.reasons) != codes:
+                return False
+    return True
 
 
 def _by_op(
@@ -294,6 +335,7 @@ def _fields(
 
 def _circumstances(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> Circumstances:
     strided = query.layout is key.layout is value.layout is torch.strided
+    fits = attn_mask is None or _mask_fits(attn_mask, query, key)
     return Circumstances(
         private.sdp_flags(),
         private.transform_active(),
@@ -303,8 +345,9 @@ def _circumstances(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor 
         query.dtype == key.dtype == value.dtype,
         strided,
         strided and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1,
-        attn_mask is None or _mask_fits(attn_mask, query, key),
+        fits,
         attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled(),
+        fits and attn_mask is not None and is_dense(attn_mask, (*query.shape[:3], key.shape[2])),
     )
 
 
@@ -366,18 +409,19 @@ def _call(token: str, query: Tensor, key: Tensor, value: Tensor, *options: Any) 
 # ---- the decision ----------------------------------------------------------------------------------------------------
 
 
-def decide_call(call: Call, *, in_graph: bool = False, act: bool = True) -> Decision:
+def decide_call(call: Call, *, in_graph: bool = False, act: bool = True, detail: bool = False) -> Decision:
     """Where a call goes, with every reason of a refusal.
 
     Args:
         in_graph: the call is traced into a graph, which must be able to run whenever it is called.
         act: load, compile or have compiled what the call needs; if False, only tell what would happen.
+        detail: as of policy.decide.
     """
     reasons = (*_against_circumstances(call.circumstances), *_against_shapes(call))
     if any(len(shape) != 4 for shape in (call.query, call.key, call.value)):
         return Decision("native", reasons)  # no spec can be made of it
     spec, target, policy = _spec(call), Target.of(call.device), policy_of(call.token)
-    decision = decide(spec, target, policy, detail=not act)
+    decision = decide(spec, target, policy, detail=detail, in_graph=in_graph or call.captured)
     if reasons:
         return Decision("native", reasons if decision.routed else (*reasons, *decision.reasons))
     if not decision.routed:
@@ -408,6 +452,7 @@ def _spec(call: Call) -> AttentionSpec:
         call.needs_grad,
         call.deterministic,
         call.circumstances.rows_contiguous,
+        dense_bias=call.circumstances.dense_bias,
     )
 
 
@@ -576,7 +621,7 @@ def explain(
     if unusual or off:
         return Decision("native", (*off, *unusual, *others))
     call = _call(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    decision = decide_call(call, act=False)
+    decision = decide_call(call, act=False, detail=True)
     return decision._replace(reasons=(*decision.reasons, *others))
 
 

@@ -23,6 +23,7 @@ import mask_backward_cases  # noqa: E402
 import mask_cases  # noqa: E402
 import sm90_backward  # noqa: E402
 import sm90_forward  # noqa: E402
+import sm90_masks  # noqa: E402
 from forward_cases import BREADTH, KV_LAYOUTS, PLAIN, SCORES, Case, random_case  # noqa: E402
 
 
@@ -78,6 +79,18 @@ def test_a_peer_that_refuses_or_is_wrong_is_not_timed():
     assert sm90_forward.refusal(lambda *_: right, (q, q, q), False, right) == ""
     assert sm90_forward.refusal(raises, (q, q, q), False, right) == "AssertionError: not this"
     assert "differs" in sm90_forward.refusal(lambda *_: right * 1.1, (q, q, q), False, right)
+
+
+def test_cells_of_masks_are_those_that_run_and_long_ones_are_summed_up():
+    forward, training = (sm90_masks.cells_of(list(sm90_masks.MASKS), way) for way in (False, True))
+    assert {cell.mask for cell in forward} == set(sm90_masks.MASKS) and {cell.head_dim for cell in forward} >= {80, 256}
+    left_out = set(forward) - set(training)
+    assert left_out and {(cell.mask, cell.head_dim) for cell in left_out} == {("bias", 256)}
+    assert {cell.mask for cell in sm90_masks.cells_of(["padding"], True)} == {"padding"}
+    cell = {"mask": "bias", "head_dim": 64}
+    rows = [{**cell, "seqlen": s, "ratio": ratio} for s, ratio in ((512, 0.5), (1024, 2.0), (4096, 8.0), (4096, None))]
+    rows.append({**rows[1], "head_dim": 80, "ratio": 0.1})
+    assert sm90_masks.summary(rows) == {"bias": {"geomean": 4.0, "minimum": 2.0}}
 
 
 def test_random_cases_are_drawn_again_alike_and_cover_what_the_forward_takes():

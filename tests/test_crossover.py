@@ -141,12 +141,45 @@ def test_eager_mode_takes_no_less_than_the_host():
     tiny = SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256)
     short = rule.predict(tiny, 132, cuts_of(tiny))
     assert short.fa4_us < 25.0 and short.ratio > 1.02
-    assert (short.fa4_eager_us, short.native_eager_us) == (25.0, 16.0) and not rule.takes(tiny, short)
+    assert (short.fa4_eager_us, short.native_eager_us) == (25.0, 16.0) and not short.is_faster
     quick = rule._replace(fa4=FA4._replace(host_us=15.0))
-    assert quick.takes(tiny, quick.predict(tiny, 132, cuts_of(tiny)))
+    assert quick.predict(tiny, 132, cuts_of(tiny)).is_faster
     long = rule.predict(SPEC, 132, cuts_of(SPEC))
-    assert long.ratio == long.ratio_eager > 1.05 and rule.takes(SPEC, long)
-    assert not rule._replace(margin=1.0).takes(SPEC, long)
+    assert long.ratio == long.ratio_eager > 1.05 and long.is_faster
+    assert not rule._replace(margin=1.0).predict(SPEC, 132, cuts_of(SPEC)).is_faster
+
+
+def test_where_the_host_decides_the_device_needs_no_margin():
+    """In eager mode alone, where fa4 is done on the device before the host is, and no slower there."""
+    fa4, native = (Side(host, ((0, Curve(us, 3.0, 700.0)),)) for host, us in ((20.0, 2.0), (26.0, 0.7)))
+    tiny = SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256)
+    times = Rule("forward", (128, 128), True, fa4=fa4, native=native, margin=0.1).predict(tiny, 132, cuts_of(tiny))
+    assert times.fa4_us < 10.0 and 1.0 < times.ratio < 1.1
+
+    def taken(spec=tiny, **changes):
+        rule = Rule("forward", (128, 128), True, fa4=fa4, native=native, margin=0.1)._replace(**changes)
+        policy = Policy("auto", Crossover(90, "a test", (rule,)))
+        return [codes(decide(spec, H100, policy, in_graph=in_graph))[0] for in_graph in (False, True)]
+
+    assert taken() == ["host_decides", "below_crossover"]
+    assert taken(margin=0.0) == ["above_crossover"] * 2
+    assert taken(native=native._replace(host_us=21.0)) == ["below_crossover"] * 2  # saves too little
+    slower = fa4._replace(forward=((0, Curve(4.0, 3.0, 700.0)),))
+    assert taken(fa4=slower) == ["below_crossover"] * 2  # on the device
+    assert taken(SPEC) == ["below_crossover"] * 2  # which decides
+    assert taken(margin=3.0) == ["below_crossover"] * 2  # or may
+
+
+@pytest.mark.parametrize(("margin", "least"), [(0.3, 1.0 + crossover.HOST_MARGIN), (0.02, 1.02)])
+def test_hosts_differ_so_eager_mode_needs_a_margin_of_its_own(margin, least):
+    """Where the device gains more than enough; in a graph that is all there is to ask for."""
+    tiny = SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256)
+    fa4, native = (Side(20.0, ((0, Curve(us, 3.0, 700.0)),)) for us in (2.0, 9.0))
+    for host_ratio in (0.99, 1.0, least - 0.01, least + 0.01):
+        rule = Rule("forward", (128, 128), True, fa4=fa4, native=native._replace(host_us=20.0 * host_ratio))
+        policy = Policy("auto", Crossover(90, "a test", (rule._replace(margin=margin),)))
+        eager, graph = (decide(tiny, H100, policy, in_graph=in_graph).routed for in_graph in (False, True))
+        assert eager == (host_ratio >= least) and graph == (host_ratio >= 1.0)
 
 
 # ---- the fit ---------------------------------------------------------------------------------------------------------
@@ -240,26 +273,34 @@ def test_error_and_margin_are_those_of_the_noise():
     quiet, noisy = (fit.rules(cells_of(FA4, NATIVE, noise), 132, cuts_of)[0] for noise in (0.01, 0.06))
     assert quiet.error < 0.03 and noisy.error == pytest.approx(0.06 * 2**0.5, rel=0.3)
     assert quiet.margin < 0.04 < 0.1 < noisy.margin
-    assert noisy.margin == pytest.approx(math.exp(2.33 * noisy.error) / 1.03 - 1, abs=1e-3)
+    assert noisy.margin == pytest.approx(math.exp(crossover.SIGMAS * noisy.error) / 1.03 - 1, abs=1e-3)
     few = fit.rules(cells_of(FA4, NATIVE)[:4], 132, cuts_of)[0]  # three figures fit four cells whatever they are
     assert few.error > 0.03
     assert fit.rules(cells_of(FA4, NATIVE)[:3], 132, cuts_of) == []
 
 
-def test_the_margin_grows_with_the_distance_to_what_was_measured():
-    rule = fit.rules(cells_of(FA4, NATIVE, 0.03), 132, cuts_of)[0]
-    near = SPEC._replace(batch=4, num_heads=16, num_heads_kv=16)  # a measured cell
-    assert rule.margin_of(near) == pytest.approx(rule.margin) and rule.margin > 0.03
-    far = [near._replace(seqlen_q=256 // n, seqlen_k=256 // n) for n in (4, 16)]
-    assert rule.margin < rule.margin_of(far[0]) < rule.margin_of(far[1])
-    steps = [crossover.distance(4 * 16 * 256 // n, 256 // n, rule.nearest(far[i], 1)[0]) for i, n in enumerate((4, 16))]
-    assert steps[1] > 2 and rule.margin_of(far[1]) == pytest.approx(
-        (1 + rule.margin) * math.exp(2.33 * rule.error * (math.hypot(1, steps[1]) - 1)) - 1
-    )
-    longer = near._replace(seqlen_q=1 << 16, seqlen_k=1 << 16, batch=64)
-    longest = near._replace(seqlen_q=4096, seqlen_k=4096, batch=16, num_heads=40)
-    assert rule.margin_of(longer) == rule.margin_of(longest) == pytest.approx(rule.margin)
-    assert Rule("forward", (128, 128), True, fa4=FA4, native=NATIVE, margin=0.1).margin_of(far[1]) == 0.1
+def test_the_margin_grows_with_the_distance_to_what_was_measured_and_falls_with_the_length():
+    rule = fit.rules(cells_of(FA4, NATIVE, 0.05), 132, cuts_of)[0]
+    typical = math.prod(LENGTHS) ** (1 / len(LENGTHS))
+
+    def expected(distance, keys):
+        times = math.hypot(1, distance / crossover.REACH) * (keys / typical) ** -crossover.FADE
+        return pytest.approx((1 + rule.margin) * math.exp(crossover.SIGMAS * rule.error * (times - 1)) - 1)
+
+    def at(seqlen, **sizes):
+        spec = SPEC._replace(**{"batch": 4, "num_heads": 16, "seqlen_q": seqlen, "seqlen_k": seqlen, **sizes})
+        return rule.margin_of(spec), rule.nearest(spec, 1)[0]
+
+    measured = [at(seqlen)[0] for seqlen in (128, 1024, 4096)]
+    assert measured == [expected(0, 128), expected(0, 1024), expected(0, 4096)]
+    assert measured[0] > rule.margin > measured[1] > measured[2] > 0
+    for seqlen in (64, 16):
+        margin, nearest = at(seqlen)
+        assert margin == expected(crossover.distance(4 * 16 * seqlen, seqlen, nearest), seqlen)
+        assert margin > measured[0] * 128 / seqlen / 2
+    longer, _ = at(1 << 16, batch=64)
+    assert longer == at(4096, batch=16, num_heads=40)[0] == expected(0, 4096)
+    assert Rule("forward", (128, 128), True, fa4=FA4, native=NATIVE, margin=0.1).margin_of(SPEC) == 0.1
 
 
 def test_kinds_get_rules_of_their_own():
@@ -312,7 +353,7 @@ def test_a_decision_shows_prediction_margin_and_neighbours():
     times = rule.predict(SPEC, 132, kernel_cuts(SPEC))
     assert decision.routed and codes(decision) == ["above_crossover"]
     text = decision.reasons[0].text
-    assert f"{times.fa4_us:.4g} µs" in text and f"{times.ratio:.2f}×" in text and f"margin {rule.margin:.2f}" in text
+    assert f"{times.fa4_us:.4g} µs" in text and f"{times.ratio:.2f}×" in text and f"margin {times.margin:.2f}" in text
     assert "measured: b4 h16 2048 " in text
     short = decide(SPEC._replace(batch=1, seqlen_q=256, seqlen_k=256), H100, model_policy())
     assert codes(short) == ["below_crossover"] and "in eager mode 0.64×" in short.reasons[0].text
@@ -475,8 +516,8 @@ def test_the_shipped_table_says_where_it_comes_from():
 def test_no_measured_cell_is_routed_that_was_slower():
     """The kernels' own results against the table: a routed call was at most 3 % slower than torch's on the device and
     in a CUDA graph. So it was in eager mode, where a cell's few rounds on a host that others share tell the host's pace
-    to some 10 %; benchmarks/policy_promise.py has the patience."""
-    qualified = crossover_table.rows((crossover_table.QUALIFY,))
+    to some 20 %; benchmarks/policy_promise.py has the patience."""
+    qualified = crossover_table.rows(crossover_table.QUALIFY)
     kinds = {crossover_table.kind_of(cell) for cell in timed(qualified)}  # there its word goes
     cells = [cell for cell in crossover_table.forward_cells() if crossover_table.kind_of(cell) not in kinds]
     ratios = {f"forward {cell.spec}": (cell.spec, [cell.native_us / cell.fa4_us], 1.0) for cell in cells}
@@ -487,4 +528,4 @@ def test_no_measured_cell_is_routed_that_was_slower():
         ratios[f"{direction} {name}"] = spec, on_device, native["eager_ms"] / fa4["eager_ms"]
     routed = {name: of_cell for name, (spec, *of_cell) in ratios.items() if decide(spec, H100).routed}
     assert len(routed) > len(ratios) // 3 > 10
-    assert not {name: of for name, of in routed.items() if min(of[0]) < 1 / 1.03 or of[1] < 1 / 1.15}
+    assert not {name: of for name, of in routed.items() if min(of[0]) < 1 / 1.03 or of[1] < 1 / 1.2}

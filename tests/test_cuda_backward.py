@@ -70,6 +70,14 @@ def test_groups_in_parts_where_tiles_are_few(heads, heads_kv, seqlen, d, dv, opt
     check(q, k, v, **options)
 
 
+def test_parts_of_groups_use_slots_again():
+    q, k, v = inputs(3, 28, 4, 1024, 1024, 128, 128)
+    found = launch._backward_launch_of(q, k, v, Options(is_causal=True))
+    slots = found.scalars[7]  # after the scaling, the SMs and the rest of the schedule
+    assert found.heads == 28 and slots < 3 * 28
+    check(q, k, v, is_causal=True)
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("sq", "sk"), [(1, 1), (7, 129), (129, 7), (300, 513), (513, 300)])

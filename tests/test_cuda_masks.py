@@ -19,6 +19,7 @@ import fa_sdpa
 from fa_sdpa import reference
 from fa_sdpa.kernels import launch, masks
 from fa_sdpa.kernels.jit import kernel
+from fa_sdpa.ops import attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -33,9 +34,11 @@ bwd = torch.ops.fa4.attention_bwd
 @pytest.fixture(autouse=True)
 def nothing_kept():
     masks.forget()
+    attention._forget_calls()
     fa_sdpa.reset_stats()
     yield
     masks.forget()
+    attention._forget_calls()
 
 
 def assert_within_bound(actual, q, k, v, mask, **options):
@@ -119,7 +122,7 @@ def test_wide_tiles_of_biases_of_each_head(d, kind, broadcast, hides):
     tiles = []
     with pytest.MonkeyPatch.context() as patch:
         prepared = masks.prepared
-        patch.setattr(masks, "prepared", lambda mask, of, load: tiles.append(of) or prepared(mask, of, load))
+        patch.setattr(masks, "prepared", lambda mask, of, *how: tiles.append(of) or prepared(mask, of, *how))
         out, _ = fwd(q, k, v, attn_mask=mask)
     assert [of.tile_m for of in tiles] == [192]
     assert_within_bound(out, q, k, v, mask)

@@ -549,31 +549,106 @@ def test_the_ring_stays_small():
 @pytest.mark.parametrize(
     ("call", "heads"),
     [
-        # heads, heads_kv, tiles of a key/value head in the batch, blocks of queries, longest_first
-        ((16, 4, 32, 64, True), 16),
-        ((16, 4, 32, 64, False), 4),  # 128 tiles, nearly a wave
-        ((16, 4, 36, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
-        ((32, 8, 256, 32, True), 8),
-        ((28, 4, 2, 5, True), 28),
-        ((28, 4, 2, 1, True), 4),  # too small
-        ((12, 4, 40, 80, True), 12),
-        ((8, 2, 70, 100, True), 4),
-        ((16, 16, 4, 100, True), 16),
+        # batch, heads, heads_kv, tiles of a key/value head, blocks of queries, is_masked
+        ((1, 16, 4, 32, 64, True), 16),
+        ((1, 16, 4, 32, 64, False), 4),  # 128 tiles, nearly a wave
+        ((2, 16, 4, 18, 64, False), 16),  # 144, of which the last 12 would have a wave of their own; 576 are 4.4 waves
+        ((17, 56, 7, 8, 15, False), 7),  # the ring counts with a mask alone
+        ((17, 56, 7, 8, 15, True), 28),
+        ((4, 8, 2, 8, 16, True), 8),  # 64 tiles, of which the longest would take four times what all SMs need
+        ((16, 32, 8, 4, 8, True), 8),  # tiles enough, and a ring of 111 MB: parts would cost more than they save
+        ((1, 28, 4, 2, 5, True), 28),
+        ((6, 49, 7, 1, 2, True), 49),
+        ((1, 28, 4, 2, 1, True), 4),  # too small
+        ((1, 28, 4, 0, 64, True), 4),  # no keys
+        ((1, 12, 4, 40, 80, True), 12),
+        ((1, 16, 16, 4, 100, True), 16),
     ],
 )
 def test_heads_of_a_backward_call(call, heads):
-    assert config.backward_heads(*call, deterministic=False, num_sms=132) == heads
+    tile, (*sizes, is_masked) = config.backward_config(128, 128), call
+    assert config.backward_heads(tile, *sizes, sizes[-1], is_masked, deterministic=False, num_sms=132) == heads
+
+
+@pytest.mark.parametrize(("left", "right"), [(-300, 0), (-64, 20), (0, 0), (7, 64), (-127, 0), (-1000, 0)])
+def test_a_tile_visits_the_blocks_that_its_window_leaves(left, right):
+    for head_dim in (64, 128, 192):
+        tile = config.backward_config(head_dim, head_dim)
+        most = 0
+        for first in range(0, 640, tile.tile_n):
+            rows = range(max(0, first - right), min(639, first + tile.tile_n - 1 - left) + 1)
+            most = max(most, len({row // tile.tile_m for row in rows}))
+        blocks = 640 // tile.tile_m
+        assert most - 1 <= tile.visited(blocks, left, right) <= most
+        assert tile.visited(blocks, None, None) == blocks and tile.visited(blocks, 5, -200) == 1
+
+
+@pytest.mark.parametrize(("window", "heads"), [(8192, 32), (2048, 16), (128, 8)])
+def test_parts_of_groups_pay_where_a_window_leaves_much(window, heads):
+    tile = config.backward_config(64, 64)
+    visited = tile.visited(64, 1 - window, 0)
+    assert config.backward_heads(tile, 1, 64, 8, 64, 64, visited, True, False, 132) == heads
+
+
+@pytest.mark.parametrize(
+    ("call", "times"),
+    [
+        # batch, heads, heads_kv, seqlen, head_dim; µs by parts of a group, on an H100: docs/kernels/sm90_backward.md
+        ((1, 28, 4, 8192, 256), {1: 8728.0, 7: 5750.9}),
+        ((1, 28, 4, 8192, 128), {1: 2821.9, 7: 2061.5}),
+        ((1, 32, 8, 8192, 128), {1: 2702.5, 2: 2495.2, 4: 2439.9}),
+        ((1, 24, 3, 10891, 256), {1: 11650.3, 2: 9548.8, 4: 8668.4, 8: 8551.0}),
+        ((1, 64, 8, 16384, 128), {1: 20270.8, 2: 19537.1, 4: 17959.9, 8: 18755.2}),
+        ((17, 56, 7, 957, 256), {1: 6827.3, 2: 4920.1, 4: 4251.2, 8: 4465.9}),
+        ((17, 56, 7, 957, 128), {1: 2056.0, 2: 1697.7, 4: 1727.4, 8: 1893.2}),
+        ((17, 56, 7, 957, 64), {1: 946.9, 2: 946.7, 4: 997.3, 8: 1086.7}),
+        ((16, 64, 8, 512, 256), {1: 2692.7, 2: 2254.9, 4: 2003.1, 8: 2091.1}),
+        ((8, 64, 8, 1285, 192), {1: 3246.1, 2: 2552.1, 4: 2638.0, 8: 2848.4}),
+        ((8, 32, 8, 1024, 128), {1: 536.9, 2: 574.5, 4: 579.0}),
+        ((8, 32, 8, 1024, 64), {1: 304.9, 2: 322.5, 4: 352.8}),
+        ((8, 32, 8, 512, 128), {1: 250.7, 2: 267.5, 4: 281.1}),
+        ((40, 42, 6, 269, 256), {1: 2136.8, 7: 1831.8}),
+        ((40, 42, 6, 269, 96), {1: 609.6, 7: 705.3}),
+        ((64, 42, 6, 534, 96), {1: 1993.3, 7: 2281.6}),
+        ((8, 16, 2, 1024, 96), {1: 351.8, 2: 313.8, 4: 290.8, 8: 283.5}),
+    ],
+)
+def test_groups_are_in_parts_where_that_was_faster(call, times):
+    batch, heads, heads_kv, seqlen, head_dim = call
+    tile = config.backward_config(head_dim, head_dim)
+    tiles, blocks = -(-seqlen // tile.tile_n), -(-seqlen // tile.tile_m)
+    chosen = config.backward_heads(tile, batch, heads, heads_kv, tiles, blocks, blocks, True, False, 132) // heads_kv
+    assert times[chosen] <= 1.08 * min(times.values()), chosen
+
+
+def test_heads_of_any_backward_call_are_whole_parts_of_groups():
+    other = config.backward_config(128, 128)
+    dims, sizes = ((64, 64), (96, 96), (192, 128), (256, 256)), ((1, 1), (2, 3), (16, 32), (5, 130))
+    for head_dims, batch, (heads, heads_kv), (tiles, blocks) in itertools.product(
+        dims, (1, 7, 64), ((8, 8), (28, 4), (64, 8), (71, 1)), sizes
+    ):
+        tile, call = config.backward_config(*head_dims), (batch, heads, heads_kv, tiles, blocks, blocks)
+        for is_masked, deterministic, num_sms in itertools.product((False, True), (False, True), (16, 132)):
+            chosen = config.backward_heads(tile, *call, is_masked, deterministic, num_sms)
+            assert chosen % heads_kv == 0 and heads % chosen == 0, call
+            if heads // heads_kv * blocks < 12:
+                assert chosen == heads_kv, call
+            if deterministic or not is_masked:  # the tiles alone decide, not what the ring takes
+                of_128 = config.backward_heads(other, *call, is_masked, deterministic, num_sms)
+                assert chosen == of_128, call
 
 
 def test_heads_of_a_deterministic_backward_call():
+    tile = config.backward_config(128, 128)
     for call, heads in (
-        ((32, 8, 128, 128, True), 32),  # 8k tokens: a head of its own each
-        ((32, 8, 128, 128, False), 8),
-        ((32, 8, 128, 64, True), 16),  # 4k: eight tiles for each SM
-        ((32, 8, 256, 32, True), 8),
-        ((16, 16, 128, 128, True), 16),
+        ((2, 32, 8, 64, 128, True), 32),  # 8k tokens: a head of its own each
+        ((2, 32, 8, 64, 128, False), 8),
+        ((4, 32, 8, 32, 64, True), 16),  # 4k: eight tiles for each SM
+        ((16, 32, 8, 16, 32, True), 8),
+        ((2, 16, 16, 64, 128, True), 16),
     ):
-        assert config.backward_heads(*call, deterministic=True, num_sms=132) == heads, call
+        *sizes, is_masked = call
+        assert config.backward_heads(tile, *sizes, sizes[-1], is_masked, deterministic=True, num_sms=132) == heads, call
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

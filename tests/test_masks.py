@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +13,11 @@ from torch.library import opcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fa_sdpa
-from fa_sdpa import reference
+from fa_sdpa import Policy, reference
 from fa_sdpa.kernels import masks
 from fa_sdpa.kernels.sm90.config import LIST_HEADER, TRANSPOSED_HEADER
+from fa_sdpa.meta.crossover import Crossover, Rule
+from fa_sdpa.meta.shapes import is_dense
 from fa_sdpa.meta.spec import AttentionSpec, mask_kind
 
 fwd = torch.ops.fa4.attention_fwd
@@ -269,6 +270,42 @@ def test_masks_left_to_torch(mask, code):
     assert set(fa_sdpa.stats().eager.reasons) == {code}
 
 
+@pytest.mark.parametrize(
+    ("sizes", "scores", "dense"),
+    [
+        ((2, 4, 17, 19), (2, 4, 17, 19), True),
+        ((1, 4, 17, 19), (3, 4, 17, 19), True),
+        ((1, 4, 17, 19), (4, 4, 17, 19), False),
+        ((2, 1, 17, 19), (2, 4, 17, 19), False),
+        ((2, 4, 1, 19), (2, 4, 17, 19), False),
+        ((17, 19), (2, 2, 17, 19), False),
+        ((17, 19), (1, 3, 17, 19), True),
+    ],
+)
+def test_a_bias_is_dense_if_few_scores_share_a_value(sizes, scores, dense):
+    bias = torch.zeros(sizes)
+    assert is_dense(bias, scores) == dense and not is_dense(bias.bool(), scores)
+    assert not is_dense(torch.zeros(1, 1, 1, 19).expand(scores[:3] + (19,)), scores)
+
+
+def test_the_policy_judges_dense_biases_and_repeats_that():
+    """They run under "always", and are left to torch under "auto" whatever the table says."""
+    rules = tuple(Rule("forward", (8, 8), False, ((1, 1),), mask=mask) for mask in ("bool", "float"))
+    policy = Policy("auto", Crossover(0, "a test", rules))
+    q, k, v = inputs((2, 4, 4, 17, 19, 8, 8))
+    bias = torch.randn(2, 4, 17, 19)
+    expected = F.scaled_dot_product_attention(q, k, v, bias)
+    for _ in range(3):
+        with fa_sdpa.enable(policy):
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias), expected, rtol=0, atol=0)
+            F.scaled_dot_product_attention(q, k, v, bias[:, :1])
+            F.scaled_dot_product_attention(q, k, v, bias > 0)
+        with fa_sdpa.enable("always"):
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, bias), expected)
+    counts = fa_sdpa.stats().eager
+    assert counts[:2] == (9, 3) and counts.reasons["dense_bias"] == 3
+
+
 def test_autocast_casts_the_mask_as_torch_does():
     mask = make_mask("bias", (17, 19))
     with torch.autocast("cpu", torch.bfloat16):
@@ -313,7 +350,7 @@ def preparations(monkeypatch):
     """What would be launched to prepare masks; CPU tensors stand for the GPU's."""
     launched = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(masks.private, "current_stream", lambda device: 7)
     masks.forget()
     yield launched, lambda: lambda *arguments: launched.append(arguments)
     masks.forget()
@@ -418,11 +455,12 @@ def test_a_window_makes_rows_differ(preparations):
 @pytest.mark.parametrize("seqlen_k", [1, 4, 8, 15, 16])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("layout", ["plain", "transposed", "sliced"])
-def test_biases_are_read_where_they_are_if_tma_can_address_them(seqlen_k, shift, layout, rows, dtype):
+def test_biases_are_read_where_they_are_if_tma_can_address_them(preparations, seqlen_k, shift, layout, rows, dtype):
     mask = torch.randn(2, 1, rows, seqlen_k + shift).to(dtype)[..., shift:]
     mask = strided(mask, layout)
     item = dtype.itemsize
-    read = masks._addressable(mask, seqlen_k)
+    tiles = masks.Tiles(2, 1, rows, seqlen_k, None, None, 128, 64)
+    read = masks.prepared(mask, tiles, preparations[1]).bias
     torch.testing.assert_close(read, mask)
     assert read.stride(3) == 1 and read.stride(1) == 0 and (read.stride(2) == 0) == (rows == 1)
     assert read.data_ptr() % 16 == 0 and not any(stride * item % 16 for stride in read.stride()[:3])

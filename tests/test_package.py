@@ -71,7 +71,6 @@ def readme_numbers(monkeypatch, tmp_path):
 
     monkeypatch.setattr(readme_numbers, "ROOT", tmp_path)
     monkeypatch.setattr(readme_numbers, "RESULTS", tmp_path)
-    monkeypatch.setattr(readme_numbers, "README", tmp_path / "README.md")
     return readme_numbers
 
 
@@ -79,8 +78,12 @@ def test_readme_numbers_come_from_the_result_file(readme_numbers, tmp_path, monk
     about = {"device": "GPU", "torch": "2", "cudnn": "9", "date": "today", "commit": "abc"}
     rows = [{"mode": "eager", "tokens_per_second": 1000.0}, {"mode": "eager", "tokens_per_second": 1250.0}]
     (tmp_path / "llama_eval_h100.json").write_text(json.dumps({"provenance": about, "results": rows}))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- llama_eval_h100.json -->\nstale\n<!-- end -->\nafter\n")
+    monkeypatch.setitem(readme_numbers.PAGES, "docs/page.md", readme_numbers.PAGES["README.md"])
+    monkeypatch.delitem(readme_numbers.PAGES, "docs/kernels/masks.md")
+    (tmp_path / "docs").mkdir()
+    readme, other = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    for page in (readme, other):
+        page.write_text("before\n<!-- llama_eval_h100.json -->\nstale\n<!-- end -->\nafter\n")
 
     monkeypatch.setattr(sys, "argv", ["readme_numbers.py", "--check"])
     with pytest.raises(SystemExit, match="out of date"):
@@ -90,6 +93,35 @@ def test_readme_numbers_come_from_the_result_file(readme_numbers, tmp_path, monk
     text = readme.read_text()
     assert "| eager | 1,000 | 1,250 | 1.25× |" in text and "GPU" in text and "stale" not in text
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n")
+    assert "](llama_eval_h100.json)" in text and "](../llama_eval_h100.json)" in other.read_text()
+    monkeypatch.setattr(sys, "argv", ["readme_numbers.py", "--check"])
+    readme_numbers.main()
+    other.write_text(text)
+    with pytest.raises(SystemExit, match=r"page\.md is out of date"):
+        readme_numbers.main()
+
+
+def test_masks_and_their_models_become_tables(readme_numbers):
+    cell = {
+        "ours": 500.4,
+        "ours, fresh": 450.0,
+        "ours, no mask": 490.0,
+        "torch": 240.0,
+        "cudnn": 250.2,
+        "efficient": None,
+    }
+    rows = [{"mask": "padding", "seqlen": s, "head_dim": d, "ratio": 2.0, **cell} for d, s in ((128, 1024), (64, 4096))]
+    rows.append({**rows[0], "mask": "bias", "torch": None, "cudnn": None, "ratio": None})
+    compact = readme_numbers.masks({"unit": "TFLOP/s", "results": rows})
+    assert (
+        "| d64 4096 | d128 1024 |" in compact and "| padding | 500/250 | 500/250 |" in compact and "bias" not in compact
+    )
+    full = readme_numbers.masks_in_full({"results": rows})
+    assert "| padding, 4096, 64 | 500 | 450 | 490 | 240 | 250 | – | 2.00 |" in full
+    assert "| bias, 1024, 128 | 500 | 450 | 490 | – | – | – |  |" in full
+    model = {"model": "bert", "mode": "eager", "routed": 12, "left to torch": 1, "error": 0.1, "error_torch": 0.2}
+    table = readme_numbers.masked_models({"results": [{**model, "torch_ms": 15.0, "fa_sdpa_ms": 10.0}]})
+    assert "| bert, eager | 15.0 | 10.0 | 1.50× | 12 of 13 | 0.200, 0.100 |" in table
 
 
 RESULT = "llama_train_h100.json"

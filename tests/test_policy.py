@@ -76,6 +76,9 @@ def test_calls_with_a_mask_need_rules_of_their_own(mask):
     other = decide(spec, H100, Policy("auto", table._replace(rules=(table.rules[0], rule._replace(mask="none")))))
     assert codes(other) == ["not_measured"] and f"attn_mask {mask}" in other.reasons[0].text
     assert decide(spec, H100, Policy("always")).routed
+    dense = spec._replace(dense_bias=True)
+    assert codes(decide(dense, H100, Policy("auto", table))) == ["dense_bias"]
+    assert decide(dense, H100, Policy("always")).routed
 
 
 @pytest.mark.parametrize("head_dims", [(88, 88), (248, 248), (256, 128), (64, 128)])

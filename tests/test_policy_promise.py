@@ -30,14 +30,14 @@ def test_calls_cover_what_the_promise_names():
     assert max(c.bytes_of("both") for c in cells) <= grid.MOST_BYTES
 
 
-def results(slow, routed=True, count=200):
+def results(slow, routed=("eager", "graph"), count=200):
     cell = Cell(1, 16, 16, 512, 512, 64, 64)
     rows = []
     for i in range(count):
         ours = 1.2 if i < slow else 0.8
         of = {"gpu_ms": 1.0, "eager_ms": 1.0, "graph_ms": 1.0, "reason": ""}
         both = [{**of, "backend": "fa4", "eager_ms": ours}, {**of, "backend": "native"}]
-        rows.append(policy_promise.outcome(cell, "forward", routed, both))
+        rows.append(policy_promise.outcome(cell, "forward", list(routed), both))
     return rows
 
 
@@ -53,6 +53,20 @@ def test_one_of_a_hundred_times_of_routed_calls_may_be_longer(slow, kept):
 
 
 def test_calls_that_are_left_to_torch_are_told_and_not_counted():
-    about = policy_promise.summary([*results(0), *results(50, routed=False)])
+    about = policy_promise.summary([*results(0), *results(50, routed=())])
     assert policy_promise.kept(about) and about["left to torch, eager"]["within_limit"] == 0.75
-    assert policy_promise.kept(policy_promise.summary(results(50, routed=False)))
+    assert policy_promise.kept(policy_promise.summary(results(50, routed=())))
+
+
+def test_calls_with_masks_list_their_kernels(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["promise", "--masks", "--calls", "40", "--seed", "1", "--list-keys"])
+    policy_promise.main()
+    names = capsys.readouterr().out.split()
+    assert {name.split("_")[0] for name in names} == {"forward", "backward", "mask"}
+    assert all("mask" in name for name in names) and any("bf16" in name for name in names)
+
+
+def test_a_call_may_be_routed_in_eager_mode_alone():
+    about = policy_promise.summary(results(4, routed=("eager",)))
+    assert about["routed"]["times"] == 200 and not policy_promise.kept(about)
+    assert "routed, graph" not in about and about["left to torch, graph"]["times"] == 200

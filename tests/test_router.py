@@ -309,7 +309,7 @@ def test_other_layouts(convert):
 def test_what_a_kernel_lacks(monkeypatch, field, code):
     """Kernels refuse gradients and deterministic algorithms through the spec; no CPU kernel does."""
 
-    def decide(spec, target, policy, *, detail=False):
+    def decide(spec, target, policy, **how):
         return Decision("native", (Reason(code, "no such kernel"),)) if getattr(spec, field) else routed
 
     routed = Decision("fa4", (Reason("policy_always", "it can"),))
@@ -711,3 +711,26 @@ def test_import_is_light():
     )
     seconds, *heavy = run.stdout.split()
     assert heavy == [] and float(seconds) < 0.15
+
+
+def test_explain_asks_for_details_and_calls_do_not(monkeypatch):
+    """Those take longer than all the rest of a decision."""
+    asked, decide = [], router.decide
+    monkeypatch.setattr(router, "decide", lambda *given, **how: asked.append(how["detail"]) or decide(*given, **how))
+    q = torch.randn(1, 2, 21, 8)
+    with fa_sdpa.enable("auto"):
+        F.scaled_dot_product_attention(q, q, q)
+        assert asked and not any(asked)
+        fa_sdpa.explain(q, q, q)
+    assert asked[-1]
+
+
+def test_a_call_that_was_never_seen_is_decided_once_in_each_mode(monkeypatch):
+    """Where that is torch's; as is every step of a decoder, with its longer key."""
+    asked, decide = [], router.decide
+    monkeypatch.setattr(router, "decide", lambda *given, **how: asked.append(given[0]) or decide(*given, **how))
+    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 23, 8)
+    with fa_sdpa.enable("auto"), torch.no_grad():
+        for _ in range(3):
+            F.scaled_dot_product_attention(q, k, k)
+    assert [spec.deterministic for spec in asked] == [False, True]

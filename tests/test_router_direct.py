@@ -45,6 +45,18 @@ def qkv(*shape, dtype=torch.float32, requires_grad=False):
     return [torch.randn(*(shape or (2, 4, 17, 8)), dtype=dtype, requires_grad=requires_grad) for _ in range(3)]
 
 
+def assert_same_up_to_one_backward(out, expected, ours, native, grad):
+    """Results and gradients are torch's; a double backward is refused."""
+    torch.testing.assert_close(out, expected)
+    assert out.requires_grad == grad
+    if grad:
+        dout = torch.randn_like(out)
+        grads = torch.autograd.grad(out, ours, dout, retain_graph=True, create_graph=True)
+        torch.testing.assert_close(grads, torch.autograd.grad(expected, native, dout))
+        with pytest.raises(RuntimeError, match="no double backward"):
+            torch.autograd.grad(grads[0].sum(), ours)
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.0}, {"is_causal": True, "scale": 0.3}])
 @pytest.mark.parametrize("grad", [False, True])
 def test_repeated_calls_go_past_the_dispatcher(options, grad, through_op):
@@ -54,16 +66,111 @@ def test_repeated_calls_go_past_the_dispatcher(options, grad, through_op):
         expected = sdpa(*native, **options)
         with fa_sdpa.enable("always"):
             out = sdpa(*ours, **options)
-        torch.testing.assert_close(out, expected)
-        assert out.requires_grad == grad
-        if grad:
-            dout = torch.randn_like(out)
-            grads = torch.autograd.grad(out, ours, dout, retain_graph=True, create_graph=True)
-            torch.testing.assert_close(grads, torch.autograd.grad(expected, native, dout))
-            with pytest.raises(RuntimeError, match="no double backward"):
-                torch.autograd.grad(grads[0].sum(), ours)
+        assert_same_up_to_one_backward(out, expected, ours, native, grad)
     assert len(through_op) == 1
     assert fa_sdpa.stats().eager.routed == 3
+
+
+def masks_of(dtype, *sizes):
+    return torch.rand(sizes) < 0.7 if dtype is torch.bool else torch.randn(sizes, dtype=dtype)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_repeated_calls_with_masks_do_so_too(dtype, grad, through_op):
+    """Each kind of mask once through the op; what torch has to serve, in between, is torch's."""
+    kinds = [(17, 17), (2, 1, 1, 17), (1, 4, 17, 17)]
+    for _ in range(3):
+        for sizes in kinds:
+            native = qkv(requires_grad=grad)
+            ours = [x.detach().clone().requires_grad_(grad) for x in native]
+            mask = masks_of(dtype, *sizes)
+            mask[..., 0] = 0 if dtype is not torch.bool else True
+            expected = sdpa(*native, mask)
+            with fa_sdpa.enable("always"):
+                out = sdpa(*ours, mask)
+            assert_same_up_to_one_backward(out, expected, ours, native, grad)
+        with fa_sdpa.enable("always"):
+            if dtype is not torch.bool:
+                bias = torch.randn(17, 17, requires_grad=True)
+                sdpa(*ours, bias).sum().backward()
+                assert bias.grad is not None
+            torch.testing.assert_close(sdpa(*ours), sdpa(*native))  # without a mask, the same tensors
+    assert len(through_op) == len(kinds) + 1
+    left = 0 if dtype is torch.bool else 3
+    assert fa_sdpa.stats().eager[:2] == (3 * len(kinds) + 6, left)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3, "enable_gqa": True}], ids=str)
+def test_what_is_routed_for_the_hosts_sake_is_torchs_in_a_cuda_graph(options, through_op, monkeypatch):
+    """In eager mode it repeats as any other; it is counted where it ran; a capture leaves nothing behind."""
+
+    def decide(spec, target, policy, *, in_graph=False, **how):
+        if in_graph:
+            return Decision("native", (Reason("below_crossover", "on the device"),))
+        return Decision("fa4", (Reason("host_decides", "in eager mode"),))
+
+    capturing = []
+    monkeypatch.setattr(router, "decide", decide)
+    for module, name in ((torch.cuda, "is_current_stream_capturing"), (router.jit, "capturing")):
+        monkeypatch.setattr(module, name, lambda: bool(capturing))
+    calls = [qkv() for _ in range(2)]
+    expected = [sdpa(*x, **options) for x in calls]
+    with fa_sdpa.enable("always"):
+        capturing.append("from the first call on")
+        for x, out in zip(calls, expected, strict=True):
+            torch.testing.assert_close(sdpa(*x, **options), out, rtol=0, atol=0)
+        capturing.clear()
+        assert fa_sdpa.stats().eager[:2] == (0, 2) and not through_op
+        for turn in range(3):
+            for x, out in zip(calls, expected, strict=True):
+                torch.testing.assert_close(sdpa(*x, **options), out)
+            assert fa_sdpa.stats().eager[:2] == (2 * turn + 2, 2 * turn + 2)
+            capturing.append("again")
+            torch.testing.assert_close(sdpa(*calls[0], **options), expected[0], rtol=0, atol=0)
+            torch.testing.assert_close(sdpa(*calls[1], **options), expected[1], rtol=0, atol=0)
+            capturing.clear()
+            assert fa_sdpa.stats().eager[:2] == (2 * turn + 2, 2 * turn + 4)
+    assert len(through_op) == 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.ones(17, 17, dtype=torch.bool)], ids=["plain", "mask"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.3, "enable_gqa": True}], ids=str)
+def test_what_is_left_for_the_hosts_sake_is_routed_in_a_cuda_graph(options, mask, grad, through_op, monkeypatch):
+    """Also after eager calls, of which torch serves and counts each; a dispatch mode that sees ops changes nothing."""
+    acted = []
+
+    def decide(spec, target, policy, *, in_graph=False, **how):
+        acted.append(in_graph)
+        if in_graph:
+            return Decision("fa4", (Reason("above_crossover", "on the device"),))
+        return Decision("native", (Reason("below_crossover", "in eager mode"),))
+
+    capturing = []
+    monkeypatch.setattr(router, "decide", decide)
+    for module, name in ((torch.cuda, "is_current_stream_capturing"), (router.jit, "capturing")):
+        monkeypatch.setattr(module, name, lambda: bool(capturing))
+    x = qkv(requires_grad=grad)
+    expected = sdpa(*x, mask, **options)
+    with fa_sdpa.enable("auto"):
+        for turn in range(3):
+            for _ in range(2):
+                torch.testing.assert_close(sdpa(*x, mask, **options), expected, rtol=0, atol=0)
+            with Watching():
+                sdpa(*x, mask, **options)
+            capturing.append("now")
+            torch.testing.assert_close(sdpa(*x, mask, **options), expected)
+            capturing.clear()
+            assert fa_sdpa.stats().eager[:2] == (turn + 1, 3 * (turn + 1))
+        assert len(through_op) == 3 and acted[:2] == [False, True]
+
+
+class Watching(TorchDispatchMode):
+    """Sees ops."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 def test_another_layout_dtype_or_device_is_another_call(through_op):
@@ -196,13 +303,21 @@ def test_nested_calls_are_torchs(around, layout):
     assert jagged or "nested" in fa_sdpa.stats().eager.reasons
 
 
-def test_a_nested_mask_is_torchs_to_refuse():
-    x, mask = qkv(), torch.nested.nested_tensor([torch.zeros(17, 17), torch.zeros(9, 9)])
-    with pytest.raises(RuntimeError) as native:
+@pytest.mark.parametrize("layout", ["nested", "jagged", "sparse"])
+@pytest.mark.parametrize("after_others", [False, True])
+def test_a_nested_or_sparse_mask_is_torchs_to_refuse(layout, after_others):
+    x, parts = qkv(), [torch.zeros(17, 17), torch.zeros(9, 17)]
+    if layout == "sparse":
+        mask = torch.zeros(17, 17).to_sparse()
+    else:
+        mask = torch.nested.nested_tensor(parts, layout=torch.jagged if layout == "jagged" else torch.strided)
+    with pytest.raises((RuntimeError, ValueError)) as native:
         sdpa(*x, mask)
     with fa_sdpa.enable("always"):
         for _ in range(3):
-            with pytest.raises(RuntimeError) as ours:
+            if after_others:
+                sdpa(*x, parts[0])
+            with pytest.raises((RuntimeError, ValueError)) as ours:
                 sdpa(*x, mask)
     assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
 
@@ -363,7 +478,18 @@ def launched(monkeypatch):
     )
     plan = launch._Plan(lambda *arguments: calls.append(arguments), 0.25)
     monkeypatch.setattr(launch, "_make_plan", lambda *wanted: launch._plans.setdefault(wanted, plan))
-    return calls
+    masked = launch._MaskedPlan(lambda *arguments: calls.append(arguments), None, 128, 64)
+    monkeypatch.setattr(launch, "_masked_plan", lambda *wanted: masked)
+    monkeypatch.setattr(launch, "_load_preparation", lambda key: prepare_nothing)
+    monkeypatch.setattr(launch.masks.private, "current_stream", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launch.masks.forget()
+    yield calls
+    launch.masks.forget()
+
+
+def prepare_nothing(*arguments):
+    """A kernel."""
 
 
 def test_a_prepared_backward_launches_what_deterministic_mode_asks_for(launched):
@@ -447,6 +573,67 @@ def test_a_prepared_backward_is_that_of_the_op(options, heads, heads_kv, sq, sk,
             assert all(x.shape[1] == heads for x in arguments[9:11])
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "heads_kv", "sq", "sk", "sizes"),
+    [(4, 4, 9, 16, (16,)), (4, 2, 9, 16, (2, 1, 1, 16)), (6, 2, 1, 30, (1, 6, 1, 30)), (6, 2, 300, 301, (300, 301))],
+)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_prepared_launch_with_a_mask_is_that_of_the_op(
+    dtype, heads, heads_kv, sq, sk, sizes, keeps, launched, monkeypatch
+):
+    """Biases of 30 and 301 keys are copied."""
+
+    def make(n, s):
+        return torch.randn(2, s, n, 64, dtype=torch.bfloat16).transpose(1, 2)
+
+    x, mask, options = (make(heads, sq), make(heads_kv, sk), make(heads_kv, sk)), masks_of(dtype, *sizes), Options()
+    mask = mask[None] if mask.dim() == 1 else mask
+    kind = "bool" if dtype is torch.bool else "bf16"
+    plan = launch._BackwardPlan(
+        lambda *arguments: launched.append(arguments), 132, launch.sm90.backward_config(64, 64, False, kind), "a key"
+    )
+    monkeypatch.setattr(launch, "_make_backward_plan", lambda *wanted: plan)
+    with launch.masks.in_eager_mode() if keeps else contextlib.nullcontext():
+        out, lse = launch.attention_fwd(*x, None, options, mask)
+        launch.attention_bwd(out, *x, out, lse, options, mask)
+        forward = launch.prepared_fwd(*x, options, mask)
+        backward = launch.prepared_bwd(out, *x, out, lse, options, mask)
+    again, lse_again = forward(*x, mask)
+    grads = backward(out, *x, again, lse_again, mask)
+    assert [metadata(a) for a in (again, lse_again)] == [metadata(a) for a in (out, lse)]
+    assert [metadata(a) for a in grads] == [metadata(a) for a in x]
+    by_op, directly = launched[:2], launched[2:]
+    for one, other in zip(by_op, directly, strict=True):
+        assert list(map(metadata, one)) == list(map(metadata, other))
+    assert (by_op[0][5].data_ptr() == directly[0][5].data_ptr()) == keeps  # lists
+    if dtype is not torch.bool:
+        bias = directly[0][7]
+        rows = mask.expand(2, heads, sq, sk).unflatten(1, (heads_kv, -1)).squeeze(3) if sq == 1 else mask
+        torch.testing.assert_close(bias, rows.expand(bias.shape), rtol=0, atol=0)
+
+
+def test_a_mask_is_kept_where_other_tensors_are_copied(launched, monkeypatch):
+    """What serves a repeated call hands on those that TMA cannot address, a dout that is expanded for one."""
+    made, prepare = [], launch.masks._prepare
+    monkeypatch.setattr(launch.masks, "_prepare", lambda *args: made.append(args[1].heads_kv) or prepare(*args))
+    plan = launch._BackwardPlan(
+        lambda *arguments: None, 132, launch.sm90.backward_config(64, 64, False, "bool"), "a key"
+    )
+    monkeypatch.setattr(launch, "_make_backward_plan", lambda *wanted: plan)
+    q, k, v = qkv(2, 4, 16, 64, dtype=torch.bfloat16)
+    shifted, mask = torch.randn(q.numel() + 1, dtype=torch.bfloat16)[1:].view(q.shape), masks_of(torch.bool, 16, 16)
+    with launch.masks.in_eager_mode():
+        forward = launch.prepared_fwd(q, k, v, Options(), mask)
+        out, lse = forward(q, k, v, mask)
+        dout = torch.ones((), dtype=torch.bfloat16).expand_as(out)
+        backward = launch.prepared_bwd(dout, q, k, v, out, lse, Options(), mask)
+    for _ in range(2):
+        forward(shifted, k, v, mask)
+        backward(dout, q, k, v, out, lse, mask)
+    assert made == [None, 4]
+
+
 def test_a_prepared_launch_looks_at_addresses_and_the_device(launched, monkeypatch):
     q, k, v = qkv(1, 2, 9, 64, dtype=torch.bfloat16)
     forward = launch.prepared_fwd(q, k, v, Options())
@@ -471,18 +658,20 @@ def test_a_prepared_launch_looks_at_addresses_and_the_device(launched, monkeypat
 
 def test_host_time_as_a_ratio(monkeypatch, one_thread):
     """Calls that are left to torch, and calls that are routed to kernels that only allocate, beside torch's own call on
-    tensors too small to matter. They read 1.5, 0.7, 1.2 and 0.8; a busy machine gets three tries."""
+    tensors too small to matter. They read 1.4, 0.7, 0.5, 1.2 and 0.9; a busy machine gets three tries."""
     q, k, v = qkv(1, 1, 16, 64)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     dout = torch.randn_like(q)
-    limits = {"left to torch": 1.7, "routed": 0.9, "routed, gradients recorded": 1.5, "backward": 1.1}
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    limits = {"left to torch": 1.7, "routed": 0.9, "routed, attn_mask": 0.8}
+    limits |= {"routed, gradients recorded": 1.5, "backward": 1.1}
 
     def fastest(call, rounds=15):
         return min(timeit.repeat(call, number=200, repeat=rounds))
 
-    def forward():
+    def forward(*mask):
         with torch.no_grad():
-            return fastest(lambda: sdpa(q, k, v))
+            return fastest(lambda: sdpa(q, k, v, *mask))
 
     def backward():
         sdpa(*leaves)
@@ -490,17 +679,19 @@ def test_host_time_as_a_ratio(monkeypatch, one_thread):
         return fastest(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
 
     monkeypatch.setattr(
-        attention, "_direct_fwd", lambda *a: lambda q, k, v: (torch.empty_like(q), torch.empty(1, 1, 16))
+        attention, "_direct_fwd", lambda *a: lambda q, *others: (torch.empty_like(q), torch.empty(1, 1, 16))
     )
     monkeypatch.setattr(
         attention, "_direct_bwd", lambda *a: lambda dout, q, k, v, out, lse: tuple(map(torch.empty_like, (q, k, v)))
     )
     for _ in range(3):
-        plain, plain_grad, plain_backward = forward(), fastest(lambda: sdpa(*leaves)), backward()
+        plain, plain_mask = forward(), forward(mask)
+        plain_grad, plain_backward = fastest(lambda: sdpa(*leaves)), backward()
         with fa_sdpa.enable("auto"):
             read = {"left to torch": forward() / plain}
         with fa_sdpa.enable("always"):
             read["routed"] = forward() / plain
+            read["routed, attn_mask"] = forward(mask) / plain_mask
             read["routed, gradients recorded"] = fastest(lambda: sdpa(*leaves)) / plain_grad
             read["backward"] = backward() / plain_backward
         if all(read[name] <= limit for name, limit in limits.items()):

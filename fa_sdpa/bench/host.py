@@ -68,6 +68,7 @@ STATES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "left to torch by policy": lambda: fa_sdpa.enable("auto"),
     "left to torch, attn_mask": lambda: fa_sdpa.enable("auto"),
     "routed": lambda: fa_sdpa.enable("always"),
+    "routed, attn_mask": lambda: fa_sdpa.enable("always"),
 }
 
 
@@ -82,13 +83,13 @@ def time_call(call: Callable[[], Any], calls: int, device: str) -> float:
     return elapsed / calls * 1e6
 
 
-def backward_of(state: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
+def backward_of(state: str, call: Callable[[], torch.Tensor], leaves: Sequence[torch.Tensor]) -> Callable[[], Any]:
     """A call that runs the backward of an SDPA call that was made in ``state``."""
     with STATES[state](), torch.enable_grad():
-        out = F.scaled_dot_product_attention(q, k, v)
-        out = F.scaled_dot_product_attention(q, k, v)  # as calls that repeat are recorded
+        call()
+        out = call()  # as calls that repeat are recorded
     dout = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
 def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int) -> list[dict[str, Any]]:
@@ -98,10 +99,14 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
     attend = F.scaled_dot_product_attention
     plain, masked, other = (lambda: attend(q, k, v)), (lambda: attend(q, k, v, mask)), (lambda: torch.add(q, k))
     cases = [("SDPA", state, masked if "mask" in state else plain) for state in STATES]
-    cases += [("SDPA, attn_mask", "plain torch", masked)]
+    cases += [("SDPA, attn_mask", "plain torch", masked)]  # the same mask in every call, as in the layers of a model
     cases += [("add", state, other) for state in ("plain torch", "left to torch by policy")]
     if grad:
-        cases += [("backward", state, backward_of(state, q, k, v)) for state in ("plain torch", "routed")]
+        cases += [("backward", state, backward_of(state, plain, (q, k, v))) for state in ("plain torch", "routed")]
+        cases += [
+            (name, state, backward_of(state, masked, (q, k, v)))
+            for name, state in (("backward, attn_mask", "plain torch"), ("backward", "routed, attn_mask"))
+        ]
     times: dict[tuple[str, str], list[float]] = {case[:2]: [] for case in cases}
     for turn in range(rounds + 1):
         for name, state, call in cases:
@@ -112,7 +117,7 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
                 times[name, state].append(us)
     rows = []
     for (name, state), took in times.items():
-        base = times["SDPA, attn_mask" if "mask" in state else name, "plain torch"]
+        base = times[f"{name}, attn_mask" if "mask" in state else name, "plain torch"]
         rows.append(
             {
                 "call": name,
@@ -147,8 +152,8 @@ def measure_steps(
     out, lse = op(q, k, v)
     inputs = (torch.randn_like(out), q, k, v, out, lse)
     bwd(*inputs)
-    forward, backward = attention._direct_fwd(q, k, v, options), attention._direct_bwd(*inputs, options)
-    recorded = attention.prepared(leaves[0], leaves[1], leaves[2], True, is_causal=False, scale=None)
+    forward, backward = attention._direct_fwd(options, q, k, v), attention._direct_bwd(options, *inputs)
+    recorded = attention.prepared(leaves[0], leaves[1], leaves[2], needs_grad=True, is_causal=False, scale=None)
     token, same = token_of("always"), private.same_tensors(q, k, v)
     facts, modes = router._facts(token, None, 0.0, False, {}), router._modes()
     empty = private.empty_strided_cuda if device == "cuda" else lambda *layout: torch.empty_strided(*layout[:2])
@@ -222,13 +227,15 @@ def targets(device: str, rows: list[dict[str, Any]], graph: dict[str, float]) ->
     """What calls may cost beside torch's, and what they do."""
     table: list[tuple[str, str, float, float, float]] = []
     if device == "cuda":
-        of_torch = {(row["call"], row["grad"]): row["of_torch"] for row in rows if row["state"] == "routed"}
-        table += [
-            ("routed forward", "of torch", 1.1, 0.8, of_torch["SDPA", False]),
-            ("routed forward, gradients recorded", "of torch", 1.3, 1.0, of_torch["SDPA", True]),
-            ("routed backward", "of torch", 1.3, 1.0, of_torch["backward", True]),
-            ("routed, in a compiled graph", "µs over torch", 8.0, 3.0, graph["over_torch_us"]),
-        ]
+        of_torch = {(row["call"], row["state"], row["grad"]): row["of_torch"] for row in rows}
+        for mask in ("", ", attn_mask"):
+            state = f"routed{mask}"
+            table += [
+                (f"routed forward{mask}", "of torch", 1.1, 0.8, of_torch["SDPA", state, False]),
+                (f"routed forward{mask}, gradients recorded", "of torch", 1.3, 1.0, of_torch["SDPA", state, True]),
+                (f"routed backward{mask}", "of torch", 1.3, 1.0, of_torch["backward", state, True]),
+            ]
+        table.append(("routed, in a compiled graph", "µs over torch", 8.0, 3.0, graph["over_torch_us"]))
     for row in rows:
         if "left to torch" in row["state"] and row["call"] == "SDPA":
             what = f"left to torch{', attn_mask' * ('mask' in row['state'])}{', gradients recorded' * row['grad']}"

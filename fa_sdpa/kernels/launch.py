@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -63,6 +64,16 @@ def _load_preparation(preparation: KernelKey) -> Kernel:
     return first_launch(preparation, loaded, lambda: _preparations.update({preparation: loaded}))
 
 
+class _MaskedLaunch(NamedTuple):
+    """What follows from the sizes and options of a call, and the mask's layout."""
+
+    run: Kernel
+    packs: bool  # as of _Launch
+    tiles: masks.Tiles
+    load: Callable[[], Kernel]  # what prepares the mask
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors, the sink but
+
+
 class _Launch(NamedTuple):
     """What follows from the sizes and options of a call."""
 
@@ -110,7 +121,7 @@ def attention_fwd(
     if key.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf) if sink is None else lse.copy_(sink[:, None].expand_as(lse))
     if attn_mask is not None:
-        _attend_masked(query, key, value, out, lse, attn_mask, sink, options)
+        _run_on(query.get_device(), _attend_masked, (query, key, value, out, lse, attn_mask, sink, options))
         return out, lse
     launch = _launch_of(query, key, value, sink is not None, options)
     rows = _packed(query, out, lse, key.shape[1]) if launch.packs else (query, out, lse)
@@ -133,54 +144,82 @@ def _attend_masked(
     options: Options,
 ) -> None:
     """``attention_fwd`` with a mask, whose tile lists and bits stand for is_causal and the window too."""
+    run, packs, tiles, load, scalars = _masked_launch_of(query, key, value, attn_mask, sink is not None, options)
+    done = masks.prepared(_mask_of(attn_mask, key.shape[1] if packs else None), tiles, load)
+    if packs:
+        query, out, lse = _packed(query, out, lse, key.shape[1])
+    run(_addressable(query), _addressable(key), _addressable(value), out, lse, *done, *scalars, sink)
+
+
+def _masked_launch_of(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, has_sink: bool, options: Options
+) -> _MaskedLaunch:
     batch, heads, seqlen_q, head_dim = query.shape
     heads_kv, seqlen_k, head_dim_v = value.shape[1:]
     is_causal, left, right = _visible(options, seqlen_q, seqlen_k)
     right = 0 if is_causal else right
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
+    mask, kind = _mask_of(attn_mask), mask_kind(attn_mask.dtype)
     num_sms = Target.of(query.device).num_sms
-    flags = (right is not None, options.softcap > 0.0, sink is not None)
+    flags = (right is not None, options.softcap > 0.0, has_sink)
     sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
     tile, packs, rows = sm90.forward_tiling(head_dim, head_dim_v, False, flags, *sizes, has_mask=True)
-    seqlen_q, kind = rows[0], mask_kind(mask.dtype)
     if tile == "normal" and mask.size(1) > 1 and mask.stride(1) != 0:
         if sm90.takes_wide_biases(head_dim, head_dim_v, flags, kind):
             tile = sm90.forward_tile(head_dim, head_dim_v, False, False, *rows)
-    if packs:
-        query, out, lse = _packed(query, out, lse, heads_kv)
-        mask = mask if mask.size(1) == 1 else mask.unflatten(1, (heads_kv, -1)).squeeze(3)
-        heads = heads_kv
     plan = _masked_plan(query.dtype, head_dim, head_dim_v, kind, tile, flags, query.get_device())
     _, unit, cap_factor = _scaling(options, head_dim)
-    tiles = masks.Tiles(batch, heads, seqlen_q, seqlen_k, left, right, plan.tile_m, plan.tile_n)
-    done = masks.prepared(mask, tiles, lambda: _load_preparation(plan.preparation))
-    biasing = _biasing(done, unit)
-    tensors = (_addressable(query), _addressable(key), _addressable(value), out, lse, *done)
-    _run_on(query.get_device(), plan.run, (*tensors, unit * LOG2_E, num_sms, *biasing, cap_factor, sink))
+    sequences = batch, heads_kv if packs else heads, rows[0], seqlen_k
+    tiles = masks.Tiles(*sequences, left, right, plan.tile_m, plan.tile_n)
+    scalars = (unit * LOG2_E, num_sms, *_biasing(attn_mask, unit), cap_factor)
+    return _MaskedLaunch(plan.run, packs, tiles, functools.partial(_load_preparation, plan.preparation), scalars)
 
 
-def _biasing(mask: masks.Prepared, unit: float) -> tuple[float | None, float | None]:
+def _mask_of(attn_mask: Tensor, packed: int | None = None) -> Tensor:
+    """A mask in 4 dimensions; for calls with one query per head, the heads that share one of so many key/value heads
+    are rows of one head."""
+    mask = attn_mask if attn_mask.dim() == 4 else attn_mask[(None,) * (4 - attn_mask.dim())]
+    return mask if packed is None or mask.size(1) == 1 else mask.unflatten(1, (packed, -1)).squeeze(3)
+
+
+def _biasing(attn_mask: Tensor, unit: float) -> tuple[float | None, float | None]:
     """bias_factor and bias_limit of a call whose scores are so many times what the kernel has of them."""
-    return (None, None) if mask.bias is None else (1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit))))
+    if attn_mask.dtype is torch.bool:
+        return None, None
+    return 1.0 / unit, 2.0 ** (18 - math.floor(math.log2(unit)))
 
 
-def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options, attn_mask: Tensor | None = None) -> Run:
     """``attention_fwd`` without a sink for calls like this one, which has run: with tensors of the same sizes, strides,
-    dtypes and devices. All that does not depend on addresses is settled here."""
+    dtypes and devices. All that does not depend on addresses is settled here. Takes query, key, value and, if there is
+    one, the mask, which is kept if this is asked for in eager mode."""
 
-    def any_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        return attention_fwd(query, key, value, None, options)
+    keeps = attn_mask is not None and masks.is_in_eager_mode()
+
+    def any_run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        with masks.in_eager_mode() if keeps else contextlib.nullcontext():
+            return attention_fwd(query, key, value, None, options, attn_mask)
 
     if key.shape[2] == 0 or query.numel() == 0:
         return any_run
-    run, packs, part, scalars = _launch_of(query, key, value, False, options)
+    launch: _Launch | _MaskedLaunch
+    if attn_mask is None:
+        launch = _launch_of(query, key, value, False, options)
+    else:
+        launch = _masked_launch_of(query, key, value, attn_mask, False, options)
     out, lse = empty_out_lse(query, value)
-    heads_kv = key.shape[1]
-    given = (_packed(query, out, lse, heads_kv)[0] if packs else query, key, value)
+    given = (_packed(query, out, lse, key.shape[1])[0] if launch.packs else query, key, value)
     if not all(_addressable(x) is x for x in given):
         return any_run
-    device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
-    layout_out, layout_lse = _layout(out), _layout(lse)
+    layouts = query.get_device(), key.shape[1], _layout(out), _layout(lse)
+    if isinstance(launch, _Launch):
+        return _fast_fwd(any_run, launch, *layouts)
+    return _fast_masked_fwd(any_run, launch, keeps, *layouts)
+
+
+def _fast_fwd(any_run: Run, launch: _Launch, device: int, heads_kv: int, layout_out: Layout, layout_lse: Layout) -> Run:
+    """What ``prepared_fwd`` gives; ``any_run`` serves what it can't."""
+    run, packs, part, scalars = launch
+    current_device, empty = private.current_device, private.empty_strided_cuda
     layout_part = part and _layout(torch.empty(part, dtype=torch.float32, device="meta"))
 
     def fast_run(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
@@ -192,6 +231,26 @@ def prepared_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) ->
             run(rows[0], key, value, rows[1], rows[2], empty(*layout_part), *scalars)
         else:
             run(rows[0], key, value, rows[1], rows[2], *scalars, None)
+        return out, lse
+
+    return fast_run
+
+
+def _fast_masked_fwd(
+    any_run: Run, launch: _MaskedLaunch, keeps: bool, device: int, heads_kv: int, layout_out: Layout, layout_lse: Layout
+) -> Run:
+    """The same with a mask."""
+    run, packs, tiles, load, scalars = launch
+    current_device, empty = private.current_device, private.empty_strided_cuda
+    prepared, packed = masks.prepared, heads_kv if packs else None
+
+    def fast_run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> tuple[Tensor, ...]:
+        if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != device:
+            return any_run(query, key, value, attn_mask)
+        done = prepared(_mask_of(attn_mask, packed), tiles, load, keeps)
+        out, lse = empty(*layout_out), empty(*layout_lse)
+        rows = _packed(query, out, lse, heads_kv) if packs else (query, out, lse)
+        run(rows[0], key, value, rows[1], rows[2], *done, *scalars, None)
         return out, lse
 
     return fast_run
@@ -256,14 +315,16 @@ def attention_bwd(
     if query.numel() == 0 or key.numel() == 0:
         dq, dk, dv = empty_grads(query, key, value)
         return dq.zero_(), dk.zero_(), dv.zero_()
-    run, elements, scalars, heads = _backward_launch_of(query, key, value, options, attn_mask)
+    launch = _backward_launch_of(query, key, value, options, attn_mask)
+    run, elements, scalars, heads, _ = launch
     dq, dk, dv = _empty_grads(query, key, value)
     (scratch,) = _empty(query, ((elements,), (1,), torch.float32))
     parts: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
         parts = _empty(query, _parts_layout(key, heads), _parts_layout(value, heads))
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, *parts, scratch, *scalars))
+    mask = () if attn_mask is None else _run_on(query.get_device(), launch.prepared, (attn_mask,))
+    _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, *parts, scratch, *mask, *scalars))
     return dq, dk, dv
 
 
@@ -291,19 +352,30 @@ def _grad_layouts(*inputs: Layout) -> tuple[Layout, ...]:
 
 
 def prepared_bwd(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    options: Options,
+    attn_mask: Tensor | None = None,
 ) -> Run:
     """``attention_bwd`` for calls like this one, which has run, as ``prepared_fwd`` is for the forward."""
 
+    keeps = attn_mask is not None and masks.is_in_eager_mode()
+
     def any_run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return attention_bwd(*tensors, options)  # type: ignore[call-arg,arg-type]
+        with masks.in_eager_mode() if keeps else contextlib.nullcontext():
+            return attention_bwd(*tensors[:6], options, *tensors[6:])  # type: ignore[call-arg,arg-type]
 
     inputs = (dout, query, key, value, out)
     if query.numel() == 0 or key.numel() == 0:
         return any_run
     if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
         return any_run
-    run, elements, scalars, heads = _backward_launch_of(query, key, value, options)
+    launch = _backward_launch_of(query, key, value, options, attn_mask)
+    run, elements, scalars, heads, _ = launch
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
     is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
@@ -312,14 +384,15 @@ def prepared_bwd(
     layout_part_k, layout_part_v = (_parts_layout(x, heads) for x in (key, value))
 
     def fast_run(
-        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+        dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *mask: Tensor
     ) -> tuple[Tensor, ...]:
         addresses = dout.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
         if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
-            return any_run(dout, query, key, value, out, lse)
+            return any_run(dout, query, key, value, out, lse, *mask)
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
         parts = (dk, dv) if heads == heads_kv else (empty(*layout_part_k), empty(*layout_part_v))
-        run(dout, query, key, value, out, lse, dq, dk, dv, *parts, scratch, *scalars)
+        done = launch.prepared(mask[0], keeps) if mask else ()
+        run(dout, query, key, value, out, lse, dq, dk, dv, *parts, scratch, *done, *scalars)
         return dq, dk, dv
 
     return fast_run
@@ -336,8 +409,14 @@ class _BackwardLaunch(NamedTuple):
 
     run: Kernel
     scratch: int  # fp32 elements
-    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors, the mask's before them
+    scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
     heads: int  # of dK and dV in the kernel; see config.backward_heads
+    mask: tuple[masks.Tiles, Callable[[], Kernel]] | None = None  # what it is prepared for, and by what
+
+    def prepared(self, attn_mask: Tensor, keeps: bool | None = None) -> masks.Prepared:
+        """The mask, as masks.prepared gives it."""
+        assert self.mask is not None, "a call with a mask"
+        return masks.prepared(_mask_of(attn_mask), *self.mask, keeps)
 
 
 def _backward_launch_of(
@@ -356,20 +435,19 @@ def _backward_launch_of(
     scale, unit, cap_factor = _scaling(options, head_dim)
     blocks, tiles = -(-seqlen_q // plan.config.tile_m), -(-key.shape[2] // plan.config.tile_n)
     is_masked = is_causal or left is not None or has_mask
-    summed = sm90.backward_heads(heads, key.shape[1], batch * tiles, blocks, is_masked, deterministic, plan.num_sms)
+    counts = batch, heads, key.shape[1], tiles, blocks, plan.config.visited(blocks, left, right)
+    summed = sm90.backward_heads(plan.config, *counts, is_masked, deterministic, plan.num_sms)
     visits = blocks * (heads // summed)
     schedule = sm90.backward_schedule(batch * summed, tiles, visits, is_masked, deterministic, plan.num_sms)
     turns = batch * summed * tiles if deterministic else 0
     size = plan.config.scratch(batch * heads, blocks, heads // summed, schedule.slots, turns)
     if attn_mask is None or plan.preparation is None:
-        scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
+        scalars: tuple[Any, ...] = (scale, unit * LOG2_E, plan.num_sms, *schedule, left, right, cap_factor)
         return _BackwardLaunch(plan.run, size, scalars, summed)
-    preparation, bounds = plan.preparation, (left, 0 if is_causal else right)
+    bounds, load = (left, 0 if is_causal else right), functools.partial(_load_preparation, plan.preparation)
     sizes = (batch, heads, seqlen_q, key.shape[2], *bounds, plan.config.tile_m, plan.config.tile_n, summed)
-    mask = attn_mask[(None,) * (4 - attn_mask.dim())]
-    done = masks.prepared(mask, masks.Tiles(*sizes), lambda: _load_preparation(preparation))
-    scaling = (scale, unit * LOG2_E, plan.num_sms, *schedule, *_biasing(done, unit), cap_factor)
-    return _BackwardLaunch(plan.run, size, (*done, *scaling), summed)
+    scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, *_biasing(attn_mask, unit), cap_factor)
+    return _BackwardLaunch(plan.run, size, scalars, summed, (masks.Tiles(*sizes), load))
 
 
 def _scaling(options: Options, head_dim: int) -> tuple[float, float, float | None]:

@@ -11,14 +11,16 @@ graph is captured, whose replays must read the mask again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import _torch_private as private
 from .compile import Kernel
 from .sm90 import config as sm90
 
@@ -26,6 +28,9 @@ KEPT = 16  # at a time: lists and bits of a mask for some tiles, or a copy of bi
 KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
 KEPT_PART = 3  # … unless the mask itself has this many times as much: bits of biases take a quarter of it or less
 UNBOUNDED = 1 << 30  # of a window
+ALIGNMENT = 16  # bytes, of addresses and strides that TMA takes
+
+Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and stride
 
 
 class Prepared(NamedTuple):
@@ -77,30 +82,36 @@ def is_in_eager_mode() -> bool:
     return _eager.on
 
 
-def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel]) -> Prepared:
-    """``attn_mask``, (1 | B, 1 | H, 1 | Sq, 1 | Sk) on a GPU, for these tiles, on the current stream.
+def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel], keeps: bool | None = None) -> Prepared:
+    """``attn_mask``, (1 | B, 1 | H, 1 | Sq, 1 | Sk) on the current GPU, for these tiles, on the current stream.
 
     Args:
         load: gives the kernel that prepares masks of this dtype for tiles of these sizes.
+        keeps: whether the call comes from the program itself; None asks `is_in_eager_mode`.
     """
-    is_kept = _eager.on and not attn_mask.is_inference() and not torch.cuda.is_current_stream_capturing()
+    in_eager_mode = _eager.on if keeps is None else keeps
+    is_kept = in_eager_mode and not attn_mask.is_inference() and not torch.cuda.is_current_stream_capturing()
 
     def once(what: object, make: Callable[[], Result]) -> Result:
         return _kept_or_made(attn_mask, what, make) if is_kept else make()
 
     if attn_mask.dtype is torch.bool:
         return once(tiles, lambda: _prepare(attn_mask, tiles, load()))
-    biases = once(tiles.seqlen_k, lambda: _addressable(_once(attn_mask), tiles.seqlen_k))
+    layout = _bias_layout(attn_mask.dtype, attn_mask.shape, attn_mask.stride(), tiles)
+    if layout is not None and attn_mask.data_ptr() % ALIGNMENT == 0:
+        biases = attn_mask.as_strided(*layout)
+    else:
+        copy = once(tiles.seqlen_k, lambda: _copy(_once(attn_mask), tiles.seqlen_k))
+        biases = copy.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1)
     done = once(tiles, lambda: _prepare(biases, tiles, load()))
-    return done._replace(bias=biases.expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1))
+    return Prepared(done.lists, done.bits, biases)
 
 
 def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Result:
-    """What ``make`` gives for ``mask``, which is kept as long as the mask is the same, unless that takes much memory or
-    is the mask's own."""
+    """What ``make`` gives for ``mask``, which is kept as long as the mask is the same, but for what is large."""
     storage = mask.untyped_storage()
     place: tuple = (storage._cdata, mask.data_ptr(), mask._version, mask.dtype, mask.shape, mask.stride())
-    wanted = (*place, torch.cuda.current_stream(mask.device).cuda_stream, what)
+    wanted = (*place, private.current_stream(mask.get_device()), what)
     found = _kept.get(wanted)
     if found is not None and not found[0].expired():
         return found[1]  # type: ignore[return-value]
@@ -108,8 +119,7 @@ def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Res
         _kept.pop(key, None)
     done = make()
     memory = [x.untyped_storage() for x in (done if isinstance(done, tuple) else (done,)) if x is not None]
-    is_own = any(x._cdata == storage._cdata for x in memory)  # which would keep the mask itself
-    if not is_own and sum(x.nbytes() for x in memory) <= max(KEPT_BYTES, storage.nbytes() // KEPT_PART):
+    if sum(x.nbytes() for x in memory) <= max(KEPT_BYTES, storage.nbytes() // KEPT_PART):
         while len(_kept) >= KEPT:
             _kept.pop(next(iter(_kept)), None)
         _kept[wanted] = StorageWeakRef(storage), done
@@ -121,75 +131,96 @@ def forget() -> None:
     _kept.clear()
 
 
+class _Recipe(NamedTuple):
+    """What a preparation reads, makes and passes on, for masks of one layout."""
+
+    mask: Layout  # without what it repeats
+    made: tuple[Layout, ...]  # int32: lists, bits, and what the preparation alone needs
+    arguments: tuple[tuple[int, Layout] | None, ...]  # of its kernels, after the mask: which of these, as what
+    bounds: tuple[int, int]  # left and right as these take them
+    lists: Layout  # as the attention kernel sees them
+    bits: Layout
+
+
 def _prepare(attn_mask: Tensor, tiles: Tiles, run: Kernel) -> Prepared:
     """Launch what classifies the tiles and makes the lists; only metadata is looked at here. Biases are not in it."""
-    if tiles.heads_kv is not None:
-        return _prepare_transposed(attn_mask, tiles, tiles.heads_kv, run)
-    mask = _once(attn_mask)
-    has_rows = _has_rows(mask, tiles)
-    batch, heads = mask.shape[:2]
-    m_blocks = -(-tiles.seqlen_q // tiles.tile_m) if has_rows else 1
-    n_blocks = -(-tiles.seqlen_k // tiles.tile_n)
-    is_bool = mask.dtype is torch.bool
-    rows = m_blocks * tiles.tile_m if has_rows else 1
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int32, device=mask.device)
-
-    planes = 1 if is_bool else 2
-    lists = empty(batch, heads, m_blocks, sm90.LIST_HEADER + (1 + 4 * planes) * n_blocks)
-    bits = empty(batch, heads, planes * n_blocks, rows, 4)
-    kinds = empty(batch, heads, m_blocks, n_blocks)
-    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, sm90.mask_warps(tiles.tile_m))
-    whole = mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)
-    run(whole.view(torch.uint8) if is_bool else whole, kinds, found, bits, lists, *_bounds(tiles))
-    all_rows = -(-tiles.seqlen_q // tiles.tile_m) * tiles.tile_m
-    return Prepared(
-        lists.expand(tiles.batch, tiles.heads, all_rows // tiles.tile_m, -1),
-        bits.expand(tiles.batch, tiles.heads, -1, all_rows, -1),
-        None,
-    )
+    recipe = _recipe(attn_mask.dtype, attn_mask.shape, attn_mask.stride(), tiles)
+    mask = (attn_mask.view(torch.uint8) if attn_mask.dtype is torch.bool else attn_mask).as_strided(*recipe.mask)
+    empty = private.empty_strided_cuda if mask.is_cuda else _empty_strided
+    made = [empty(*layout, torch.int32) for layout in recipe.made]
+    run(mask, *(x and made[x[0]].as_strided(*x[1]) for x in recipe.arguments), *recipe.bounds)
+    return Prepared(made[0].as_strided(*recipe.lists), made[1].as_strided(*recipe.bits), None)
 
 
-def _prepare_transposed(attn_mask: Tensor, tiles: Tiles, heads_kv: int, run: Kernel) -> Prepared:
-    """The same for a backward."""
-    mask = _once(attn_mask)
-    has_rows = _has_rows(mask, tiles)
-    batch, heads = mask.shape[:2]
-    all_m_blocks, n_blocks = -(-tiles.seqlen_q // tiles.tile_m), -(-tiles.seqlen_k // tiles.tile_n)
-    m_blocks, rows = (all_m_blocks, tiles.seqlen_q) if has_rows else (1, tiles.tile_m)
-    is_bool = mask.dtype is torch.bool
-
-    def empty(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int32, device=mask.device)
-
-    lists = empty(batch, heads_kv if heads > 1 else 1, n_blocks, sm90.TRANSPOSED_HEADER + all_m_blocks)
-    planes = 1 if is_bool else 2
-    bits = empty(batch, heads, planes, m_blocks, n_blocks * tiles.tile_n, 4)
-    kinds = empty(batch, heads, m_blocks, n_blocks)
-    hidden = empty(batch, heads, m_blocks, n_blocks, 4, planes)
-    words = tiles.tile_m // sm90.MASK_ROWS * (tiles.tile_n // 32)
-    found = None if is_bool else empty(batch, heads, m_blocks, n_blocks, words)
-    whole = mask.expand(-1, -1, rows, tiles.seqlen_k)
-    all_kinds = kinds.expand(-1, -1, all_m_blocks, -1), hidden.expand(-1, -1, all_m_blocks, -1, -1, -1)
-    scratch = kinds, found, hidden
-    run(whole.view(torch.uint8) if is_bool else whole, *scratch, bits, *all_kinds, lists, *_bounds(tiles))
-    return Prepared(
-        lists.expand(tiles.batch, heads_kv, -1, -1),
-        bits.expand(tiles.batch, tiles.heads, -1, all_m_blocks, -1, -1),
-        None,
-    )
+def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """On the CPU."""
+    return torch.empty_strided(size, stride, dtype=dtype)
 
 
-def _has_rows(mask: Tensor, tiles: Tiles) -> bool:
-    """Whether rows differ."""
-    return mask.size(2) > 1 or tiles.left is not None or tiles.right is not None
-
-
-def _bounds(tiles: Tiles) -> tuple[int, int]:
-    """left and right as the kernels take them."""
+@functools.lru_cache(maxsize=4096)
+def _recipe(dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...], tiles: Tiles) -> _Recipe:
+    """For masks of this layout."""
+    mask = _once(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
+    has_rows = mask.size(2) > 1 or tiles.left is not None or tiles.right is not None
     left = -UNBOUNDED if tiles.left is None else max(tiles.left, -UNBOUNDED)
-    return left, UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
+    bounds = left, UNBOUNDED if tiles.right is None else min(tiles.right, UNBOUNDED)
+    if tiles.heads_kv is None:
+        return _recipe_of_rows(mask, has_rows, tiles)._replace(bounds=bounds)
+    return _recipe_of_keys(mask, has_rows, tiles, tiles.heads_kv)._replace(bounds=bounds)
+
+
+def _recipe_of_rows(mask: Tensor, has_rows: bool, tiles: Tiles) -> _Recipe:
+    """For a forward, but for the bounds."""
+    batch, heads = mask.shape[:2]
+    all_blocks, n_blocks = -(-tiles.seqlen_q // tiles.tile_m), -(-tiles.seqlen_k // tiles.tile_n)
+    m_blocks, rows = (all_blocks, all_blocks * tiles.tile_m) if has_rows else (1, 1)
+    planes = 1 if mask.dtype is torch.bool else 2
+    kinds = batch, heads, m_blocks, n_blocks
+    lists = _meta(batch, heads, m_blocks, sm90.LIST_HEADER + (1 + 4 * planes) * n_blocks)
+    bits = _meta(batch, heads, planes * n_blocks, rows, 4)
+    rest = [_meta(*kinds)] + [_meta(*kinds, sm90.mask_warps(tiles.tile_m))] * (planes - 1)
+    made = tuple(map(_layout, (lists, bits, *rest)))
+    return _Recipe(
+        _layout(mask.expand(-1, -1, tiles.seqlen_q if has_rows else 1, tiles.seqlen_k)),
+        made,
+        ((2, made[2]), (3, made[3]) if planes == 2 else None, (1, made[1]), (0, made[0])),
+        (0, 0),
+        _layout(lists.expand(tiles.batch, tiles.heads, all_blocks, -1)),
+        _layout(bits.expand(tiles.batch, tiles.heads, -1, all_blocks * tiles.tile_m, -1)),
+    )
+
+
+def _recipe_of_keys(mask: Tensor, has_rows: bool, tiles: Tiles, heads_kv: int) -> _Recipe:
+    """For a backward."""
+    batch, heads = mask.shape[:2]
+    all_blocks, n_blocks = -(-tiles.seqlen_q // tiles.tile_m), -(-tiles.seqlen_k // tiles.tile_n)
+    m_blocks, rows = (all_blocks, tiles.seqlen_q) if has_rows else (1, tiles.tile_m)
+    planes = 1 if mask.dtype is torch.bool else 2
+    lists = _meta(batch, heads_kv if heads > 1 else 1, n_blocks, sm90.TRANSPOSED_HEADER + all_blocks)
+    bits = _meta(batch, heads, planes, m_blocks, n_blocks * tiles.tile_n, 4)
+    kinds = _meta(batch, heads, m_blocks, n_blocks)
+    hidden = _meta(*kinds.shape, 4, planes)
+    words = tiles.tile_m // sm90.MASK_ROWS * (tiles.tile_n // 32)
+    made = tuple(map(_layout, (lists, bits, kinds, hidden, *[_meta(*kinds.shape, words)] * (planes - 1))))
+    all_kinds = _layout(kinds.expand(-1, -1, all_blocks, -1))
+    all_hidden = _layout(hidden.expand(-1, -1, all_blocks, -1, -1, -1))
+    found = (4, made[4]) if planes == 2 else None
+    return _Recipe(
+        _layout(mask.expand(-1, -1, rows, tiles.seqlen_k)),
+        made,
+        ((2, made[2]), found, (3, made[3]), (1, made[1]), (2, all_kinds), (3, all_hidden), (0, made[0])),
+        (0, 0),
+        _layout(lists.expand(tiles.batch, heads_kv, -1, -1)),
+        _layout(bits.expand(tiles.batch, tiles.heads, -1, all_blocks, -1, -1)),
+    )
+
+
+def _meta(*sizes: int) -> Tensor:
+    return torch.empty(sizes, device="meta")
+
+
+def _layout(x: Tensor) -> Layout:
+    return tuple(x.shape), x.stride()
 
 
 def _once(mask: Tensor) -> Tensor:
@@ -200,14 +231,19 @@ def _once(mask: Tensor) -> Tensor:
     return mask
 
 
-def _addressable(mask: Tensor, seqlen_k: int) -> Tensor:
-    """``mask`` with ``seqlen_k`` keys as TMA loads it: its address and strides multiples of 16 bytes, 0 where a size is
-    1. A view of itself, or a copy."""
-    unit = 16 // mask.element_size()
+@functools.lru_cache(maxsize=4096)
+def _bias_layout(dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...], tiles: Tiles) -> Layout | None:
+    """Biases as the kernels take them, of masks of this layout at an address that TMA takes; None if it takes none."""
+    mask = _once(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    is_aligned = mask.data_ptr() % 16 == 0 and not any(stride % unit for stride in strides[:3])
-    if strides[3] == 1 and is_aligned:
-        return mask.as_strided(mask.shape, strides)
+    if strides[3] != 1 or any(stride * dtype.itemsize % ALIGNMENT for stride in strides[:3]):
+        return None
+    return _layout(mask.as_strided(mask.shape, strides).expand(tiles.batch, tiles.heads, tiles.seqlen_q, -1))
+
+
+def _copy(mask: Tensor, seqlen_k: int) -> Tensor:
+    """``mask`` with ``seqlen_k`` keys where TMA can address it, with strides of 0 where a size is 1."""
+    unit = ALIGNMENT // mask.element_size()
     copy = mask.new_empty((*mask.shape[:3], -(-seqlen_k // unit) * unit))[..., :seqlen_k]
     copy.copy_(mask)
     strides = [0 if size == 1 else stride for size, stride in zip(copy.shape[:3], copy.stride()[:3], strict=True)]

@@ -22,7 +22,9 @@ fits a call decides, by a model of time or by thresholds:
   so in one way (`torch_cuts`). What that takes is said by a few figures, a Curve; fa4's forward has one for each tile,
   by its query rows, and under "0" one for any other. In eager mode a call takes that or host_us, whichever is longer.
   fa4 is taken where it is predicted to be faster by ``margin`` on the device, by more far from what was measured
-  (`Rule.margin_of`), and no slower in eager mode. ``error`` is the standard deviation of measured over predicted
+  (`Rule.margin_of`), and no slower in eager mode; there it is taken if also the host's time gains something
+  (`Prediction.is_faster_in_eager_mode`), or where the host decides
+  (`Prediction.host_decides`). ``error`` is the standard deviation of measured over predicted
   ratios, ``least`` what was measured least of lengths of query and of key and of query rows (batch · heads · length),
   below which nothing is predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q,
   seqlen_k, µs on the device of fa4 and of torch.
@@ -53,8 +55,11 @@ Mask = Literal["none", "bool", "float"]
 BACKWARD = 2.5  # flops, in those of a forward
 LONGEST = 1 << 17  # no threshold is looked for beyond
 MOST_GBS = 1e5  # what is faster takes no time
+HOST_GAIN = 1.1  # torch's time on the host over fa4's, from which on that alone is worth while …
+HOST_MARGIN = 0.06  # … and by how much more than 1 it is to be where the device alone is worth while: hosts differ
 REACH = 1.0  # distance to a measured cell at which a prediction's error is 1.4 times that of the fit
-SIGMAS = 2.33  # of a normal distribution, beyond which one of 100 lies
+FADE = 0.12  # power of the number of keys with which errors fall
+SIGMAS = 2.05  # of a normal distribution, beyond which two of 100 lie
 
 
 class Cut(NamedTuple):
@@ -143,12 +148,13 @@ class Side(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """µs of one call."""
+    """µs of one call, and by how much more than nothing fa4 is to be faster."""
 
     fa4_us: float
     native_us: float
     fa4_eager_us: float
     native_eager_us: float
+    margin: float
 
     @property
     def ratio(self) -> float:
@@ -158,6 +164,24 @@ class Prediction(NamedTuple):
     @property
     def ratio_eager(self) -> float:
         return self.native_eager_us / self.fa4_eager_us
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether fa4 is to run the call in a graph."""
+        return self.ratio >= 1.0 + self.margin and self.ratio_eager >= 1.0
+
+    @property
+    def is_faster_in_eager_mode(self) -> bool:
+        """Whether it is to run it also where the host makes the call anew each time, by the device's time."""
+        return self.is_faster and self.ratio_eager >= 1.0 + min(self.margin, HOST_MARGIN)
+
+    @property
+    def host_decides(self) -> bool:
+        """Whether fa4 is to run the call where the host makes it anew each time, by what the host alone says: fa4 is
+        done on the device, margin included, before the host can be, and costs the host less by HOST_GAIN. On the device
+        it is then predicted to be no slower, by whatever margin."""
+        is_free = self.fa4_us * (1.0 + self.margin) <= self.fa4_eager_us
+        return is_free and self.ratio >= 1.0 and self.ratio_eager >= HOST_GAIN
 
 
 class Measured(NamedTuple):
@@ -214,25 +238,27 @@ class Rule(NamedTuple):
             return None
         fa4 = self.fa4.device_us(spec, self.direction, cuts, num_sms)
         native = self.native.device_us(spec, self.direction, torch_cuts(spec), num_sms)
-        return Prediction(fa4, native, max(fa4, self.fa4.host_us), max(native, self.native.host_us))
-
-    def takes(self, spec: AttentionSpec, prediction: Prediction) -> bool:
-        """Whether fa4 is to run a call with these times."""
-        return prediction.ratio >= 1.0 + self.margin_of(spec) and prediction.ratio_eager >= 1.0
+        eager = max(fa4, self.fa4.host_us), max(native, self.native.host_us)
+        return Prediction(fa4, native, *eager, self.margin_of(spec))
 
     def margin_of(self, spec: AttentionSpec) -> float:
-        """The margin for a call: more than the rule's where nothing like it was measured.
+        """The margin for a call: more than the rule's where nothing like it was measured, and for short sequences.
 
         It grows with the distance to the nearest measured cell as √(1 + (distance / REACH)²). Ratios of 469 random
         calls on an H100 that the fit had not seen were off by 1.1 times ``error`` up to a distance of 0.5, by 1.5 times
         at 0.9 and 2.0 times beyond 1.1. What is larger than all that was measured counts as the largest: rates stay.
+        And it falls with the number of keys to the power of FADE, from where most was measured on: all calls in eight
+        parts, each predicted by the others, were off by 0.12 below 128 keys in training and 0.06 above 4096, by 0.09
+        and 0.05 forward.
         """
         if not self.measured:
             return self.margin
         rows = min(rows_of(spec), max(cell.rows for cell in self.measured))
         keys = min(spec.seqlen_k, max(cell.seqlen_k for cell in self.measured))
         reach = min(distance(rows, keys, cell) for cell in self.measured) / REACH
-        return (1.0 + self.margin) * math.exp(SIGMAS * self.error * (math.hypot(1.0, reach) - 1.0)) - 1.0
+        typical = math.fsum(math.log(cell.seqlen_k) for cell in self.measured) / len(self.measured)
+        times = math.hypot(1.0, reach) * math.exp(FADE * (typical - math.log(max(keys, 1))))
+        return (1.0 + self.margin) * math.exp(SIGMAS * self.error * (times - 1.0)) - 1.0
 
     def threshold(self, batch: int) -> int:
         """The shortest sequence that a rule of thresholds routes at this batch size."""
@@ -249,7 +275,7 @@ class Rule(NamedTuple):
         while seqlen >= max(self.least[:2]) and spec.batch * spec.num_heads * seqlen >= self.least[2]:
             asked = spec._replace(seqlen_q=seqlen, seqlen_k=seqlen)
             prediction = self.predict(asked, num_sms, cuts_of(asked))
-            if prediction is None or not self.takes(asked, prediction):
+            if prediction is None or not prediction.is_faster:
                 break
             found, seqlen = seqlen, seqlen * 7 // 8 if seqlen > 256 else seqlen - 16
         return found

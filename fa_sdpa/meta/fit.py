@@ -41,7 +41,7 @@ FIGURES: dict[tuple[str, Pass], tuple[str, ...]] = {
 }
 PRIOR_ERROR, PRIOR_CELLS = 0.05, 4  # what the error is taken to be before anything is measured, and how surely
 DEPENDENT = 1e-9  # least share of the largest singular value that counts, where columns have a norm of 1
-WORST = 1.03  # times torch's time, that 99 of 100 calls at the margin are to stay within
+WORST = 1.03  # times torch's time, that 98 of 100 calls at the margin are to stay within
 
 Kind = tuple[int, int, bool]  # head dims, is_causal
 

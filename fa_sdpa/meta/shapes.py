@@ -6,6 +6,7 @@ compiled runs can't disagree. SymInt-safe: sizes are only handed on, or put thro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -92,6 +93,22 @@ def mask_fits(mask: Sequence[int], scores: Sequence[int]) -> bool:
     if not 2 <= len(mask) <= 4:
         return False
     return all(size == 1 or size == full for size, full in zip(mask, scores[-len(mask) :], strict=True))
+
+
+DENSE = 4  # scores for each value of a bias; with fewer it was not measured (benchmarks/sm90_masks.py), or was slower
+
+
+def is_dense(mask: Tensor, scores: Sequence[int]) -> bool:
+    """Whether a floating mask that fits the scores (B, H, Sq, Sk) has values of its own for so many of them that to
+    read it, and perhaps to copy it, takes longer than the rest. Symbolic sizes count as 1."""
+    if mask.dtype is torch.bool:
+        return False
+    missing = len(scores) - mask.dim()
+    repeated = list(scores[:missing])
+    for size, stride, full in zip(mask.shape, mask.stride(), scores[missing:], strict=True):
+        if size == 1 or isinstance(stride, int) and stride == 0:
+            repeated.append(full)
+    return math.prod(size for size in repeated if isinstance(size, int)) < DENSE
 
 
 def _check_options(options: Options) -> None:

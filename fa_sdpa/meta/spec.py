@@ -102,6 +102,7 @@ class AttentionSpec(NamedTuple):
     window: bool = False
     softcap: float = 0.0
     sink: bool = False
+    dense_bias: bool = False  # a floating mask with few scores for each of its values: see shapes.is_dense
 
     @classmethod
     def of(

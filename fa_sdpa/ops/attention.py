@@ -221,8 +221,10 @@ def _forget_calls() -> None:
 jit.on_change(_forget_calls)
 
 
-def _facts(where: str, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    return where, tuple(kwargs.items()), private.is_grad_enabled(), private.is_deterministic()
+def _facts(where: str, kwargs: dict[str, Any], attn_mask: Tensor | None) -> tuple[Any, ...]:
+    """What tells calls apart besides their tensors, of which those with a mask have one more."""
+    place = where if attn_mask is None else (where, masks.is_in_eager_mode())
+    return place, tuple(kwargs.items()), private.is_grad_enabled(), private.is_deterministic()
 
 
 def _repeated(memory: Memory, facts: tuple[Any, ...], *tensors: Tensor) -> Any:
@@ -233,7 +235,7 @@ def _repeated(memory: Memory, facts: tuple[Any, ...], *tensors: Tensor) -> Any:
         if type(x) is not Tensor or x.is_nested:
             return None
     alike = memory.latest.next
-    if alike.same(*tensors) and alike.facts == facts:
+    if alike.facts == facts and alike.same(*tensors):
         memory.latest = alike
     elif all(map(_is_plain, tensors)) and (found := memory.find(facts, *tensors)):
         alike = found
@@ -249,42 +251,52 @@ def _keep(
     that changes what an op does."""
     if all(map(_is_plain, tensors)) and private.in_memory(*tensors) and private.nothing_changes_ops():
         epoch = memory.epoch
-        memory.keep(Alike(private.same_tensors(*tensors), facts, direct(*tensors, options)), epoch, *tensors)
+        memory.keep(Alike(private.same_tensors(*tensors), facts, direct(options, *tensors)), epoch, *tensors)
 
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.layout is torch.strided and not x.is_nested
 
 
-def _direct_fwd(query: Tensor, key: Tensor, value: Tensor, options: Options) -> Run:
+def _direct_fwd(options: Options, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Run:
     """What computes (out, lse) of calls like this one, on tensors that ``private.same_tensors`` takes for these."""
     if query.is_cuda:
-        return launch.prepared_fwd(query, key, value, options)
-    return lambda query, key, value: cpu.attention_fwd(query, key, value, None, options)
+        return launch.prepared_fwd(query, key, value, options, attn_mask)
+    return lambda query, key, value, *mask: cpu.attention_fwd(query, key, value, None, options, *mask)
 
 
 def _direct_bwd(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, options: Options
+    options: Options,
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None = None,
 ) -> Run:
     """The same for (dq, dk, dv)."""
     if query.is_cuda:
-        return launch.prepared_bwd(dout, query, key, value, out, lse, options)
-    return lambda *tensors: cpu.attention_bwd(*tensors, options)  # type: ignore[call-arg]
+        return launch.prepared_bwd(dout, query, key, value, out, lse, options, attn_mask)
+    return lambda *tensors: cpu.attention_bwd(*tensors[:6], options, *tensors[6:])  # type: ignore[call-arg]
+
+
+def _with_mask(attn_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if attn_mask is None else (*tensors, attn_mask)
 
 
 def _forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
     """A device's implementation of attention_fwd around what computes it."""
 
     def impl(query, key, value, *, attn_mask=None, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-        facts = _facts("implementation", kwargs)
-        is_plain = attn_mask is None and sink is None
-        done = _repeated(_forwards, facts, query, key, value) if is_plain else None
+        facts, tensors = _facts("implementation", kwargs, attn_mask), _with_mask(attn_mask, query, key, value)
+        done = _repeated(_forwards, facts, *tensors) if sink is None else None
         if done is None:
             options = _options(**kwargs)
             _admit(shapes.check_fwd, query, key, value, attn_mask=attn_mask, sink=sink, options=options)
             done = run(query, key, value, sink, options, attn_mask)
-            if is_plain:
-                _keep(_forwards, facts, _direct_fwd, options, query, key, value)
+            if sink is None:
+                _keep(_forwards, facts, _direct_fwd, options, *tensors)
         return done
 
     return impl
@@ -298,15 +310,14 @@ def _backward(run: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[...
     """A device's implementation of attention_bwd around what computes it."""
 
     def impl(*tensors, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
-        facts = _facts("implementation", kwargs)
-        done = _repeated(_backwards, facts, *tensors) if attn_mask is None else None
+        facts, given = _facts("implementation", kwargs, attn_mask), _with_mask(attn_mask, *tensors)
+        done = _repeated(_backwards, facts, *given)
         if done is None:
             dout, query, key, value, out, lse = tensors
             options = _options(**kwargs)
             _admit(shapes.check_bwd, query, key, value, dout, out, lse, attn_mask=attn_mask, sink=None, options=options)
             done = run(*tensors, options, attn_mask)
-            if attn_mask is None:
-                _keep(_backwards, facts, _direct_bwd, options, *tensors)
+            _keep(_backwards, facts, _direct_bwd, options, *given)
         return done
 
     return impl
@@ -360,14 +371,12 @@ def _gradients(kwargs: dict[str, Any], attn_mask: Tensor | None, *tensors: Tenso
     """attention_bwd, in a backward node."""
     if private.is_grad_enabled() or private.transform_active() or private.forward_ad_active():
         return _bwd(*tensors, attn_mask=attn_mask, **kwargs)
-    facts = _facts("node", kwargs)
-    is_plain = attn_mask is None
-    done = _repeated(_backwards, facts, *tensors) if is_plain and private.nothing_sees_ops() else None
+    facts, given = _facts("node", kwargs, attn_mask), _with_mask(attn_mask, *tensors)
+    done = _repeated(_backwards, facts, *given) if private.nothing_sees_ops() else None
     if done is None:
         with private.below_autograd():  # nothing records: the Autograd kernel would only hand the call on
             done = _bwd(*tensors, attn_mask=attn_mask, **kwargs)
-        if is_plain:
-            _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+        _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *given)
     return done
 
 
@@ -380,59 +389,62 @@ class _Served:
         self.run, self.kwargs = run, kwargs
         self.backward = Alike(never, ())  # what served the last backward
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return _apply_out(query, key, value, self)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
+        return _apply_out(query, key, value, self, *mask)
 
 
 class _AttentionOut(torch.autograd.Function):
     """``_Attention`` for out alone, of a call that ``prepared`` serves."""
 
     @staticmethod
-    def forward(ctx, query, key, value, served):  # type: ignore[no-untyped-def]
-        out, lse = served.run(query, key, value)
-        ctx.save_for_backward(query, key, value, out, lse)
+    def forward(ctx, query, key, value, served, *mask):  # type: ignore[no-untyped-def]
+        out, lse = served.run(query, key, value, *mask)
+        ctx.save_for_backward(query, key, value, out, lse, *mask)
         ctx.served = served
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        if dout is None:
-            return (None,) * 4
         served = ctx.served
-        query, key, value, out, lse = tensors = ctx.saved_tensors
+        query, key, value, out, lse, *mask = tensors = ctx.saved_tensors
+        none = (None,) if not mask else (None, None)
+        if dout is None:
+            return None, None, None, *none
         nested = dout.is_nested or query.is_nested or key.is_nested or value.is_nested or out.is_nested or lse.is_nested
         backward = served.backward
         if (
             not nested
-            and backward.same(dout, query, key, value, out, lse)
+            and backward.same(dout, *tensors)
             and backward.facts[2:] == (private.is_grad_enabled(), private.is_deterministic())
             and private.nothing_sees_ops()
         ):
-            dq, dk, dv = backward.run(dout, query, key, value, out, lse)
-            return dq, dk, dv, None
-        grads = _gradients(served.kwargs, None, dout, *tensors)
-        latest = _backwards.latest
-        if not nested and latest.facts[:2] == ("node", tuple(served.kwargs.items())) and latest.same(dout, *tensors):
+            return *backward.run(dout, *tensors), *none
+        with masks.in_eager_mode():
+            grads = _gradients(served.kwargs, mask[0] if mask else None, dout, query, key, value, out, lse)
+        latest, place = _backwards.latest, ("node", True) if mask else "node"
+        if not nested and latest.facts[:2] == (place, tuple(served.kwargs.items())) and latest.same(dout, *tensors):
             served.backward = latest
-        return *grads, None
+        return *grads, *none
 
 
 _apply_out = private.apply_of(_AttentionOut)
 
 
 def prepared(
-    query: Tensor, key: Tensor, value: Tensor, needs_grad: bool, *, is_causal: bool, scale: float | None
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, *mask: Tensor, needs_grad: bool, is_causal: bool, scale: float | None
+) -> Callable[..., Tensor]:
     """out of ``attention_fwd`` past the dispatcher, with gradients recorded or not, for calls like this one, which has
-    run: with tensors that ``private.same_tensors`` takes for these, where nothing is open that should see the op."""
+    run: with tensors that ``private.same_tensors`` takes for these, where nothing is open that should see the op. In
+    eager mode, so that a mask is kept."""
     kwargs: dict[str, Any] = {"is_causal": True} if is_causal else {}
     if scale is not None:
         kwargs["scale"] = scale
-    run = _direct_fwd(query, key, value, _options(**kwargs))
+    with masks.in_eager_mode():
+        run = _direct_fwd(_options(**kwargs), query, key, value, *mask)
     if needs_grad:
         return _Served(run, kwargs)
-    return lambda query, key, value: run(query, key, value)[0]
+    return lambda *tensors: run(*tensors)[0]
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -463,10 +475,9 @@ def _is_recorded(*tensors: Tensor | None) -> bool:
 
 @torch.library.impl(_lib, "attention_fwd", "Autograd")
 def _fwd_autograd(query, key, value, *, attn_mask=None, sink=None, **kwargs):  # type: ignore[no-untyped-def]
-    facts = _facts("autograd", kwargs)
-    is_plain = attn_mask is None and sink is None
-    if is_plain and not private.forward_ad_active():
-        done = _repeated(_forwards, facts, query, key, value)
+    facts, tensors = _facts("autograd", kwargs, attn_mask), _with_mask(attn_mask, query, key, value)
+    if sink is None and not private.forward_ad_active():
+        done = _repeated(_forwards, facts, *tensors)
         if done is not None:
             return done
     if _is_recorded(query, key, value, attn_mask, sink):
@@ -475,8 +486,8 @@ def _fwd_autograd(query, key, value, *, attn_mask=None, sink=None, **kwargs):  #
         return _Attention.apply(query, key, value, attn_mask, sink, kwargs)
     with private.below_autograd():
         done = _fwd(query, key, value, attn_mask=attn_mask, sink=sink, **kwargs)
-    if is_plain:
-        _keep(_forwards, facts, _direct_fwd, _options(**kwargs), query, key, value)
+    if sink is None:
+        _keep(_forwards, facts, _direct_fwd, _options(**kwargs), *tensors)
     return done
 
 
@@ -494,15 +505,14 @@ def _admit_gradients(
 
 @torch.library.impl(_lib, "attention_bwd", "Autograd")
 def _bwd_autograd(*tensors, attn_mask=None, **kwargs):  # type: ignore[no-untyped-def]
-    facts = _facts("autograd", kwargs)
-    if attn_mask is None and not private.forward_ad_active():
-        done = _repeated(_backwards, facts, *tensors)
+    facts, given = _facts("autograd", kwargs, attn_mask), _with_mask(attn_mask, *tensors)
+    if not private.forward_ad_active():
+        done = _repeated(_backwards, facts, *given)
         if done is not None:
             return done
     if _is_recorded(*tensors, attn_mask):
         return _AttentionBackward.apply(*tensors, attn_mask, kwargs)
     with private.below_autograd():
         done = _bwd(*tensors, attn_mask=attn_mask, **kwargs)
-    if attn_mask is None:
-        _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *tensors)
+    _keep(_backwards, facts, _direct_bwd, _options(**kwargs), *given)
     return done

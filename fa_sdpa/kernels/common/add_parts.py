@@ -1,5 +1,5 @@
-"""Gradients of a key/value head from those of the parts of its group of query heads, which are computed apart where a
-group by itself would keep too few SMs at work (sm90/config.py, backward_heads)."""
+"""Gradients of a key/value head from those of the parts of its group of query heads, which are computed apart where
+whole groups would keep too few SMs at work or too many sums of dQ in use (sm90/config.py, backward_heads)."""
 
 import cutlass
 import cutlass.cute as cute

@@ -17,6 +17,10 @@ from ..key import KernelKey
 ARCH = 90
 DELAY = {False: 2, True: 1}  # blocks of queries between tiles of a group that take turns, by whether there is a mask
 HEAD_BLOCKS = 128  # of queries; see backward_heads
+RING_BYTES = 92_000_000  # of dQ's sums, up to which they cost nothing; as the next three: _blocks_of_time
+RING_COST = 1 / 8  # of a block's time, for as many bytes more
+LAST_COST = 1 / 16  # of a block's time, for each block of the longest tile
+PART_COST = 0.4  # of a block's time, for each tile of keys of a part of dK and dV
 SMEM_PER_BLOCK = 232_448  # bytes, what one CTA can opt in to on an H100
 BARRIER_BYTES = 1024  # mbarriers and the alignment of the first buffer
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -295,9 +299,19 @@ class BackwardConfig:
         """fp32 elements of scratch memory for ``blocks`` blocks of tile_m query rows of each of ``sequences`` query
         heads of a batch: lse and δ of each row, dQ's sums of ``slots`` groups of query heads, counters; those of
         ``turns`` tiles, which are all in deterministic mode, else 0."""
-        ring_blocks = slots * group * blocks
         counters = 1 + 2 * slots + sequences // group + self.turn_warps * turns
-        return sequences * blocks * 2 * self.tile_m + ring_blocks * self.tile_m * self.dq_columns + counters
+        return sequences * blocks * 2 * self.tile_m + self.ring_values(slots, group, blocks) + counters
+
+    def visited(self, blocks: int, left: int | None, right: int | None) -> int:
+        """Blocks of queries, of ``blocks`` a head has, that the longest tile of keys visits where row i sees the keys
+        i + left … i + right, or, where these are None, all keys or those up to i. With a window it may be one more."""
+        if left is None or right is None:
+            return blocks
+        return max(1, min(blocks, -(-(right - left + self.tile_n) // self.tile_m)))
+
+    def ring_values(self, slots: int, group: int, blocks: int) -> int:
+        """fp32 sums of dQ of ``slots`` groups of query heads, of ``blocks`` blocks each."""
+        return slots * group * blocks * self.tile_m * self.dq_columns
 
     def stages_dq(self, deterministic: bool = False) -> int:
         """Blocks of dQ in shared memory, to be added to global memory from there; with 0 that happens from registers. A
@@ -469,7 +483,8 @@ def takes_wide_biases(head_dim: int, head_dim_v: int, flags: tuple[bool, bool, b
 
 
 def cuts(spec: AttentionSpec, num_sms: int) -> Cuts:
-    """How a call is cut, see meta/crossover.py; its backward as one that is not deterministic."""
+    """How a call is cut, see meta/crossover.py; its backward as one that is not deterministic, and whose window is as
+    long as the keys."""
     has_mask = spec.mask != "none"
     is_masked = spec.window or spec.is_causal or has_mask
     flags = (spec.window or (has_mask and spec.is_causal), spec.softcap > 0.0, spec.sink)
@@ -483,7 +498,8 @@ def cuts(spec: AttentionSpec, num_sms: int) -> Cuts:
     heads = spec.num_heads_kv if packs else spec.num_heads
     backward = backward_config(*dims, flags[1])
     tiles, blocks = -(-keys // backward.tile_n), -(-spec.seqlen_q // backward.tile_m)
-    summed = backward_heads(spec.num_heads, spec.num_heads_kv, spec.batch * tiles, blocks, is_masked, False, num_sms)
+    counts = spec.batch, spec.num_heads, spec.num_heads_kv, tiles, blocks, blocks
+    summed = backward_heads(backward, *counts, is_masked, False, num_sms)
     return Cuts(Cut(forward.tile_m, forward.tile_n, heads, parts), Cut(backward.tile_n, backward.tile_m, summed))
 
 
@@ -660,30 +676,73 @@ def backward_schedule(
     return Schedule(section, sections, min(groups, ahead), min(groups, lag), min(groups, slots))
 
 
+@functools.lru_cache(maxsize=4096)
 def backward_heads(
-    heads: int, heads_kv: int, tiles: int, blocks: int, is_masked: bool, deterministic: bool, num_sms: int
+    config: BackwardConfig,
+    batch: int,
+    heads: int,
+    heads_kv: int,
+    tiles: int,
+    blocks: int,
+    visited: int,
+    is_masked: bool,
+    deterministic: bool,
+    num_sms: int,
 ) -> int:
     """How many heads dK and dV are computed of, a multiple of heads_kv that divides heads, where a key/value head has
-    ``tiles`` tiles of keys in a whole batch and a query head ``blocks`` blocks of queries. The gradients of a key/value
-    head are then added up.
+    ``tiles`` tiles of keys and a query head ``blocks`` blocks of queries, of which the longest tile visits ``visited``.
+    The gradients of a key/value head are then added up.
 
-    More than heads_kv only where that few tiles leave SMs idle: with a mask, if there are fewer than two for each, as
-    the longest tile takes twice the mean, or than eight in deterministic mode, in which it comes last; without one, if
-    the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs: that takes a launch more.
-    In deterministic mode with a mask, a head of its own also from HEAD_BLOCKS blocks on: the tiles of a group are all
-    over its queries, and those of several heads do not fit L2.
+    With a mask, as many as `_blocks_of_time` says take the least time. Without one, more than heads_kv only where that
+    few tiles leave SMs idle: if the last wave is less than 3/4 of what it could be. And only for tiles of some 20 µs:
+    that takes a launch more.
+    In deterministic mode with a mask, eight tiles for each SM, as the longest one takes twice the mean and comes last;
+    a head of its own also from HEAD_BLOCKS blocks on: the tiles of a group are all over its queries, and those of
+    several heads do not fit L2.
     """
     group = heads // heads_kv
-    if group * blocks < 12:
+    if group * blocks < 12 or not tiles:
         return heads_kv
     if deterministic and is_masked and blocks >= HEAD_BLOCKS:
         return heads
-    for split in (split for split in range(1, group + 1) if group % split == 0):
-        count = heads_kv * split * tiles
-        waves = -(-count // num_sms)
-        if count >= (8 if deterministic else 2) * num_sms if is_masked else 4 * count >= 3 * waves * num_sms:
-            return heads_kv * split
+    counts = [heads_kv * split for split in range(1, group + 1) if group % split == 0]
+    if is_masked and not deterministic:
+        time_of = functools.partial(_blocks_of_time, config, batch, heads, heads_kv, tiles, blocks, visited, num_sms)
+        return min(counts, key=time_of)
+    for count in counts:
+        on_all = batch * count * tiles
+        waves = -(-on_all // num_sms)
+        if on_all >= 8 * num_sms if is_masked else 4 * on_all >= 3 * waves * num_sms:
+            return count
     return heads
+
+
+def _blocks_of_time(
+    config: BackwardConfig,
+    batch: int,
+    heads: int,
+    heads_kv: int,
+    tiles: int,
+    blocks: int,
+    visited: int,
+    num_sms: int,
+    count: int,
+) -> float:
+    """What a backward with a mask takes whose dK and dV are computed of ``count`` heads, in the time of a block: a tile
+    of keys with a block of queries. Any mask counts as a causal one of as many queries as keys, which leaves half, but
+    for windows that leave less: `backward_heads` names the sizes.
+
+    Blocks take the longer, the farther the ring of dQ's sums is beyond L2; the longest tile is over all queries of a
+    group, ends late, and is the least there is to wait for; parts of dK and dV are written, read and added up. The
+    figures are fitted to 51 causal calls with 4 to 8 query heads a key/value head on an H100 (bf16, d64 … d256, 269 …
+    16k tokens): choices are 0.6 % slower on average than the best ones, 7 % at worst (docs/kernels/sm90_backward.md).
+    """
+    group = heads // count
+    slots = backward_schedule(batch * count, tiles, group * blocks, True, False, num_sms).slots
+    beyond = max(0.0, 4 * config.ring_values(slots, group, blocks) / RING_BYTES - 1.0)
+    work, longest = batch * heads * tiles * min(visited, blocks / 2) / num_sms, group * visited
+    parts = batch * count * tiles / num_sms if count > heads_kv else 0.0
+    return (1.0 + RING_COST * beyond) * max(work + LAST_COST * longest, longest) + PART_COST * parts
 
 
 @functools.cache
