@@ -397,6 +397,39 @@ def test_routed_training_prepares_a_mask_once_for_each_direction(monkeypatch):
     assert fa_sdpa.stats().eager.routed == 3 and made == [None, 4]
 
 
+@pytest.mark.parametrize("low", [-math.inf, LOW[torch.bfloat16]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads_kv", [4, 2])
+def test_routed_training_takes_a_mask_that_adds_nothing_as_boolean(heads_kv, dtype, low, monkeypatch):
+    """Once the device has said so; until it is written to."""
+    made, prepare = [], masks._prepare
+    monkeypatch.setattr(masks, "_prepare", lambda *args: made.append(args[0].dtype) or prepare(*args))
+    q, k, v = inputs(heads=4, heads_kv=heads_kv, sq=300, sk=300, d=64, requires_grad=True)
+    hidden = torch.ones(300, 300, device="cuda").triu(1).bool()
+    mask = torch.zeros(300, 300, device="cuda", dtype=dtype).masked_fill(hidden, low)
+    dout = torch.randn_like(q)
+
+    def train():
+        torch.cuda.synchronize()
+        with fa_sdpa.enable("always"):
+            out = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+            return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    def is_right(results):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, _ = reference.attention(*(x.double() for x in leaves), attn_mask=mask.double())
+        for got, want in zip(results, (out, *torch.autograd.grad(out, leaves, dout.double())), strict=True):
+            torch.testing.assert_close(got.double(), want.double(), atol=3e-2, rtol=3e-2)
+
+    for _ in range(5):
+        is_right(train())
+    assert made == [dtype, dtype, torch.bool]
+    mask[200:, :100] = 1.5
+    for _ in range(3):
+        is_right(train())
+    assert made == [dtype, dtype, torch.bool, dtype, dtype]
+
+
 def test_deterministic_gradients_are_left_to_torch():
     q, k, v = inputs(heads=4, heads_kv=4, requires_grad=True)
     mask = torch.rand(257, 257, device="cuda") < 0.5

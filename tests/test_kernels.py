@@ -700,11 +700,20 @@ def test_backwards_with_a_mask_are_supported(mask):
     reasons = kernels.unsupported(call._replace(deterministic=True), H100)
     assert [reason.code for reason in reasons] == ["attn_mask"] and "deterministic" in reasons[0].text
     for change in ({}, {"is_causal": True}, {"window": True}, {"softcap": 30.0}, {"sink": True}):
-        forward, first, backward, second = launch.keys(spec(mask=mask, needs_grad=True, **change), H100)
+        forward, first, backward, second = launch.keys(spec(mask=mask, needs_grad=True, **change), H100)[:4]
         assert (forward.direction, backward.direction) == ("forward", "backward")
         assert backward.attn_mask == mask and not backward.is_causal and not backward.window
         assert first == config.mask_key(mask, forward.tile_m, forward.tile_n)
         assert second == config.mask_key(mask, backward.tile_m, backward.tile_n, transposed=True)
+    for dims in ((64, 64), (40, 24)):  # where a boolean mask has larger tiles, a floating one may turn out to be one
+        for change in ({}, {"is_causal": True}):
+            call = spec(mask=mask, needs_grad=True, head_dim=dims[0], head_dim_v=dims[1], **change)
+            *_, backward, preparation = keys = launch.keys(call, H100)
+            assert len(keys) == (4 if mask == "bool" else 6)
+            assert (backward.attn_mask, backward.tile_m) == ("bool", 128)
+            assert preparation == config.mask_key("bool", 128, 128, transposed=True)
+            assert launch.keys(call._replace(softcap=3.0), H100)[-2].attn_mask == mask
+            assert [key.direction for key in launch.keys(call._replace(needs_grad=False), H100)] == ["forward", "mask"]
 
 
 @pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])

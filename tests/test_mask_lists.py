@@ -135,6 +135,46 @@ def test_lists_and_bits_of_a_backward_of_rows_that_see_nothing(
         )
 
 
+HIDING = {
+    "triangle": (True, lambda mask, low: mask.masked_fill_(~mask.new_ones(mask.shape[-2:]).tril().bool(), low)),
+    "padding": (True, lambda mask, low: mask[..., 90:].fill_(low)),
+    "nothing": (True, lambda mask, low: mask),
+    "minus zero": (True, lambda mask, low: mask[..., 3:9].fill_(-0.0)),
+    "one value": (False, lambda mask, low: mask[:, -1, -1, 7].fill_(1e-4)),
+    "one value beside others that hide": (False, lambda mask, low: mask.fill_(low)[:, -1, -1, 7].fill_(-1.0)),
+    "a value that nearly hides": (False, lambda mask, low: mask[:, -1, -1, 7].fill_(-31000.0)),
+    "not a number": (None, lambda mask, low: mask[:, -1, -1, 7].fill_(math.nan)),
+    "infinity": (False, lambda mask, low: mask[:, -1, -1, 7].fill_(math.inf)),
+    "a row without a key": (None, lambda mask, low: mask[:, -1, -1].fill_(low)),
+}
+
+
+@pytest.mark.parametrize("content", HIDING)
+@pytest.mark.parametrize("sizes", [(1, 1, 150, 131), (2, 1, 1, 131), (1, 4, 150, 131)], ids=str)
+@pytest.mark.parametrize("dtype, tile_m, tile_n", BACKWARD_KINDS[2:], ids=str)
+def test_a_mask_that_adds_nothing_is_as_good_as_boolean(prepare, monkeypatch, dtype, tile_m, tile_n, sizes, content):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(masks.private, "current_stream", lambda device: 7)
+    masks.forget()
+    key = mask_lists.config.mask_key(mask_kind(dtype), tile_m, tile_n, transposed=True)
+    tiles = masks.Tiles(2, 4, 150, 131, None, None, tile_m, tile_n, 2)
+    for low in (-math.inf, mask_lists.LOW[dtype]):
+        expected, change = HIDING[content]
+        mask = torch.zeros(sizes, dtype=dtype)
+        change(mask, low)
+        if content == "a row without a key":  # of low values it has the mean of all
+            expected = low == -math.inf
+        with masks.in_eager_mode():
+            assert masks.as_boolean(mask, tiles) is None
+            prepare(mask, tiles, key)
+            boolean = masks.as_boolean(mask, tiles)
+        if expected is not None:
+            assert (boolean is not None) == expected
+        if boolean is not None:
+            assert boolean.dtype is torch.bool and torch.equal(boolean, mask == 0)
+    masks.forget()
+
+
 @pytest.mark.parametrize("rows, columns, stages", [(80, 192, 2), (128, 64, 2), (64, 256, 1)])
 def test_hidden_keys_are_cleared_in_swizzled_tiles(tmp_path, rows, columns, stages):
     """All of their rows, in the right stage, and nothing else."""

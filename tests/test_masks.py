@@ -532,6 +532,56 @@ def test_a_backward_has_a_preparation_of_its_own(preparations):
     assert [len(arguments) for arguments in launched] == [10, 7, 10] and not masks.is_in_eager_mode()
 
 
+def test_a_mask_is_known_to_be_as_good_as_boolean_while_it_is_the_same(preparations, monkeypatch):
+    """Here the lists say what the test wants; what they say of real masks: test_mask_lists.py."""
+    biased = []
+
+    def load():
+        return lambda *arguments: arguments[7].fill_(0)[..., 0].fill_(len(biased))
+
+    mask = torch.zeros(2, 1, 300, 512).masked_fill(torch.rand(2, 1, 300, 512) < 0.3, -math.inf)[:, :, :, :500]
+    tiles, seen = BACKWARD_TILES, mask == 0
+    assert masks.as_boolean(mask, tiles) is None
+    with masks.in_eager_mode():
+        assert masks.as_boolean(mask, tiles) is None  # nobody has prepared it
+        masks.prepared(mask, tiles, load)
+        boolean = masks.as_boolean(mask, tiles)
+        assert torch.equal(boolean, seen) and masks.as_boolean(mask, tiles) is boolean
+        assert masks.as_boolean(mask, tiles._replace(tile_n=64)) is boolean  # it is the mask that is known
+        assert masks.as_boolean(seen, tiles) is None
+        for other in (mask[:1], mask.clone()):
+            assert masks.as_boolean(other, tiles) is None
+        expanded = mask[:1].expand(2, 4, -1, -1)
+        masks.prepared(expanded, tiles, load)
+        assert masks.as_boolean(expanded, tiles).shape == (1, 1, 300, 500)
+        mask[0, 0, 0, 0] = 1.0
+        biased.append("since")
+        for _ in range(3):
+            masks.prepared(mask, tiles, load)
+            assert masks.as_boolean(mask, tiles) is None
+        biased.clear()
+        for refused in ({"right": 0}, {"left": -9, "right": 9}):
+            windowed = torch.zeros(300, 512)[None, None, :, :500]
+            masks.prepared(windowed, tiles._replace(**refused), load)
+            assert masks.as_boolean(windowed, tiles._replace(**refused)) is None
+        monkeypatch.setattr(masks, "KEPT_BYTES", 1000)
+        large = torch.zeros(2, 4, 300, 512)[..., :500]
+        masks.prepared(large, tiles, load)
+        assert masks.as_boolean(large, tiles) is None and masks._find((*masks._place(large), tiles)) is not None
+    assert masks.as_boolean(expanded, tiles) is None  # a compiled graph's, say
+
+
+def test_the_host_does_not_wait_for_what_the_device_finds_out(preparations):
+    lists, answered = torch.zeros(1, 1, 3, 9, dtype=torch.int32), []
+    finding = masks._Finding(lists)
+    finding._event = type("Event", (), {"query": lambda self: bool(answered)})()
+    mask = torch.zeros(1, 1, 1, 9)
+    assert finding.boolean(mask) is None
+    answered.append("yes")
+    assert finding.boolean(mask).all()
+    assert finding.boolean(mask) is finding.boolean(mask)
+
+
 def test_a_backward_node_keeps_the_mask_of_a_routed_call(monkeypatch):
     """Which runs in a thread of its own on a GPU, so the call has to say that it was one."""
     seen = []

@@ -489,7 +489,8 @@ def launched(monkeypatch):
 
 
 def prepare_nothing(*arguments):
-    """A kernel."""
+    """A kernel. Its lists tell of biased blocks."""
+    arguments[-3].fill_(1)
 
 
 def test_a_prepared_backward_launches_what_deterministic_mode_asks_for(launched):
@@ -632,6 +633,38 @@ def test_a_mask_is_kept_where_other_tensors_are_copied(launched, monkeypatch):
         forward(shifted, k, v, mask)
         backward(dout, q, k, v, out, lse, mask)
     assert made == [None, 4]
+
+
+@pytest.mark.parametrize("hides_only", [False, True])
+@pytest.mark.parametrize(("dtype", "d"), [(torch.bfloat16, 64), (torch.float32, 128), (torch.bfloat16, 128)], ids=str)
+def test_a_backward_takes_a_mask_that_adds_nothing_as_boolean(dtype, d, hides_only, launched, monkeypatch):
+    """As soon as that is known, where a boolean one has larger tiles; directly and by the op. Until it changes."""
+    monkeypatch.setattr(
+        launch, "_load_preparation", lambda key: lambda *arguments: arguments[-3].fill_(0 if hides_only else 1)
+    )
+    kinds = []
+
+    def plan(dtype, d, dv, is_causal, flags, kind, device):
+        config = launch.sm90.backward_config(d, dv, flags[1], kind)
+        return launch._BackwardPlan(lambda *arguments: kinds.append(kind), 132, config, "a key")
+
+    monkeypatch.setattr(launch, "_make_backward_plan", plan)
+    x, own = qkv(2, 4, 96, d, dtype=torch.bfloat16), "fp32" if dtype is torch.float32 else "bf16"
+    mask = torch.zeros(96, 96, dtype=dtype).masked_fill(torch.ones(96, 96).triu(1).bool(), float("-inf"))
+    later = "bool" if hides_only and (d, own) != (128, "bf16") else own
+    out, lse = launch.attention_fwd(*x, None, Options(), mask)
+    launch.attention_bwd(out, *x, out, lse, Options(), mask)  # from a compiled graph, say: nothing is kept
+    for repeat in range(2):
+        with launch.masks.in_eager_mode():
+            for _ in range(3):
+                launch.attention_bwd(out, *x, out, lse, Options(), mask)
+            backward = launch.prepared_bwd(out, *x, out, lse, Options(), mask)
+        for _ in range(2):
+            grads = backward(out, *x, out, lse, mask)
+        assert [metadata(a) for a in grads] == [metadata(a) for a in x]
+        assert kinds == [own] * (2 - repeat) + [later] * 4
+        kinds.clear()
+        mask[0, 0] = 0.0
 
 
 def test_a_prepared_launch_looks_at_addresses_and_the_device(launched, monkeypatch):

@@ -305,7 +305,8 @@ def attention_bwd(
 
     Returns:
         dq, dk, dv in the dtypes and memory layouts of query, key and value. The order in which dq's summands are added
-        varies from run to run, unless torch's deterministic mode is on. A row that saw no key contributes nothing.
+        varies from run to run, unless torch's deterministic mode is on; with a floating mask that is kept also that of
+        dk's and dv's, once it is known to hide keys and no more. A row that saw no key contributes nothing.
 
     Raises:
         ValueError: a head dim or scale that no kernel takes.
@@ -316,14 +317,19 @@ def attention_bwd(
         dq, dk, dv = empty_grads(query, key, value)
         return dq.zero_(), dk.zero_(), dv.zero_()
     launch = _backward_launch_of(query, key, value, options, attn_mask)
-    run, elements, scalars, heads, _ = launch
+    run, elements, scalars, heads = launch[:4]
+    mask: tuple[Tensor | None, ...] = ()
+    if attn_mask is not None:
+        boolean = _run_on(query.get_device(), launch.as_boolean, (attn_mask,))
+        if boolean is not None:
+            return attention_bwd(dout, query, key, value, out, lse, options, boolean)
+        mask = _run_on(query.get_device(), launch.prepared, (attn_mask,))
     dq, dk, dv = _empty_grads(query, key, value)
     (scratch,) = _empty(query, ((elements,), (1,), torch.float32))
     parts: tuple[Tensor, ...] = dk, dv
     if heads != key.shape[1]:
         parts = _empty(query, _parts_layout(key, heads), _parts_layout(value, heads))
     inputs = (_addressable(x) for x in (dout, query, key, value, out))
-    mask = () if attn_mask is None else _run_on(query.get_device(), launch.prepared, (attn_mask,))
     _run_on(query.get_device(), run, (*inputs, lse.contiguous(), dq, dk, dv, *parts, scratch, *mask, *scalars))
     return dq, dk, dv
 
@@ -375,13 +381,14 @@ def prepared_bwd(
     if not (lse.is_contiguous() and all(_addressable(x) is x for x in inputs)):
         return any_run
     launch = _backward_launch_of(query, key, value, options, attn_mask)
-    run, elements, scalars, heads, _ = launch
+    run, elements, scalars, heads = launch[:4]
     device, current_device, empty = query.get_device(), private.current_device, private.empty_strided_cuda
     is_deterministic, deterministic = private.is_deterministic, private.is_deterministic()
     layout_dq, layout_dk, layout_dv = map(_layout, empty_grads(query, key, value))
     layout_scratch = (elements,), (1,), torch.float32
     heads_kv = key.shape[1]
     layout_part_k, layout_part_v = (_parts_layout(x, heads) for x in (key, value))
+    of_boolean: list[Run] = []  # what serves these calls once the mask is known to be as good as boolean
 
     def fast_run(
         dout: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *mask: Tensor
@@ -389,6 +396,12 @@ def prepared_bwd(
         addresses = dout.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
         if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
             return any_run(dout, query, key, value, out, lse, *mask)
+        if mask and (boolean := launch.as_boolean(mask[0], keeps)) is not None:
+            tensors = dout, query, key, value, out, lse
+            if not of_boolean:
+                with masks.in_eager_mode():
+                    of_boolean.append(prepared_bwd(*tensors, options, boolean))
+            return of_boolean[0](*tensors, boolean)
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
         parts = (dk, dv) if heads == heads_kv else (empty(*layout_part_k), empty(*layout_part_v))
         done = launch.prepared(mask[0], keeps) if mask else ()
@@ -412,6 +425,13 @@ class _BackwardLaunch(NamedTuple):
     scalars: tuple[Any, ...]  # the kernel's arguments after its tensors
     heads: int  # of dK and dV in the kernel; see config.backward_heads
     mask: tuple[masks.Tiles, Callable[[], Kernel]] | None = None  # what it is prepared for, and by what
+    slower_than_boolean: bool = False
+
+    def as_boolean(self, attn_mask: Tensor, keeps: bool | None = None) -> Tensor | None:
+        """The mask as masks.as_boolean gives it, if that is faster."""
+        if self.mask is None or not self.slower_than_boolean:
+            return None
+        return masks.as_boolean(_mask_of(attn_mask), self.mask[0], keeps)
 
     def prepared(self, attn_mask: Tensor, keeps: bool | None = None) -> masks.Prepared:
         """The mask, as masks.prepared gives it."""
@@ -447,7 +467,8 @@ def _backward_launch_of(
     bounds, load = (left, 0 if is_causal else right), functools.partial(_load_preparation, plan.preparation)
     sizes = (batch, heads, seqlen_q, key.shape[2], *bounds, plan.config.tile_m, plan.config.tile_n, summed)
     scalars = (scale, unit * LOG2_E, plan.num_sms, *schedule, *_biasing(attn_mask, unit), cap_factor)
-    return _BackwardLaunch(plan.run, size, scalars, summed, (masks.Tiles(*sizes), load))
+    slower = sm90.is_faster_if_boolean(head_dim, value.shape[3], flags[1], kind)
+    return _BackwardLaunch(plan.run, size, scalars, summed, (masks.Tiles(*sizes), load), slower)
 
 
 def _scaling(options: Options, head_dim: int) -> tuple[float, float, float | None]:
@@ -503,7 +524,11 @@ def keys(spec: AttentionSpec, target: Target, *, any_size: bool = False) -> tupl
         return needed
     options = {"window": window, "softcap": flags[1], "deterministic": spec.deterministic, "attn_mask": spec.mask}
     backward = sm90.backward_key(spec.dtype, head_dim, head_dim_v, is_causal, **options)
-    return (*needed, backward, *_transposed(backward))
+    needed += (backward, *_transposed(backward))
+    if sm90.is_faster_if_boolean(head_dim, head_dim_v, flags[1], spec.mask):
+        boolean = sm90.backward_key(spec.dtype, head_dim, head_dim_v, False, softcap=flags[1], attn_mask="bool")
+        needed += (boolean, *_transposed(boolean))
+    return needed
 
 
 def _transposed(backward: KernelKey) -> tuple[KernelKey, ...]:

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from .. import _torch_private as private
 from .compile import Kernel
 from .sm90 import config as sm90
 
-KEPT = 16  # at a time: lists and bits of a mask for some tiles, or a copy of biases
+KEPT = 24  # at a time: lists and bits of a mask for some tiles, a copy of biases, or what was found out about it
 KEPT_BYTES = 64 << 20  # what is larger, the copy of a bias mostly, is not worth the memory …
 KEPT_PART = 3  # … unless the mask itself has this many times as much: bits of biases take a quarter of it or less
 UNBOUNDED = 1 << 30  # of a window
@@ -56,6 +56,31 @@ class Tiles(NamedTuple):
     heads_kv: int | None = None  # of a backward, in whose tiles the query heads of one of them share a list
 
 
+class _Finding:
+    """Whether a floating mask is 0 for all keys that it does not hide. The device is asked, and the host looks when it
+    comes by: it waits for nothing."""
+
+    def __init__(self, lists: Tensor) -> None:
+        """``lists`` of a backward: of no block of keys are there biased blocks of queries."""
+        only_hides = (_once(lists)[..., 0] == 0).all()
+        self._only_hides, self._event = only_hides, None
+        self._boolean: Tensor | None = None
+        self._is_open = True
+        if lists.is_cuda:
+            self._only_hides = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            self._only_hides.copy_(only_hides, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def boolean(self, mask: Tensor) -> Tensor | None:
+        """``mask`` as a boolean one, if it is known to be one."""
+        if self._is_open and (self._event is None or self._event.query()):
+            if self._only_hides:
+                self._boolean = _once(mask) == 0
+            self._is_open = False
+        return self._boolean
+
+
 Result = TypeVar("Result", Tensor, Prepared)
 
 
@@ -64,7 +89,7 @@ class _Eager(threading.local):
 
 
 _eager = _Eager()
-_kept: dict[tuple, tuple[StorageWeakRef, Tensor | Prepared]] = {}
+_kept: dict[tuple, tuple[StorageWeakRef, Tensor | Prepared | _Finding]] = {}
 
 
 @contextlib.contextmanager
@@ -89,8 +114,7 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel], keeps:
         load: gives the kernel that prepares masks of this dtype for tiles of these sizes.
         keeps: whether the call comes from the program itself; None asks `is_in_eager_mode`.
     """
-    in_eager_mode = _eager.on if keeps is None else keeps
-    is_kept = in_eager_mode and not attn_mask.is_inference() and not torch.cuda.is_current_stream_capturing()
+    is_kept = _may_be_kept(attn_mask, keeps)
 
     def once(what: object, make: Callable[[], Result]) -> Result:
         return _kept_or_made(attn_mask, what, make) if is_kept else make()
@@ -107,23 +131,60 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel], keeps:
     return Prepared(done.lists, done.bits, biases)
 
 
+def as_boolean(attn_mask: Tensor, tiles: Tiles, keeps: bool | None = None) -> Tensor | None:
+    """A floating mask as a boolean one, (1 | B, 1 | H, 1 | Sq, 1 | Sk), that hides the same keys, if it is known to do
+    no more. What `prepared` made of it for a backward's ``tiles`` tells: the second call with a mask that is kept asks
+    the device, and later ones may have the answer. ``attn_mask`` and ``keeps`` as of `prepared`."""
+    if attn_mask.dtype is torch.bool or not _may_be_kept(attn_mask, keeps):
+        return None
+    place = _place(attn_mask)
+    finding = _find((*place, _Finding))
+    if finding is None:
+        before = _find((*place, tiles))
+        is_whole = tiles.left is None and tiles.right is None  # else what is outside the window was not looked at
+        if before is None or not is_whole or _once(attn_mask).numel() > KEPT_BYTES:
+            return None
+        finding = _Finding(before.lists)
+        _keep((*place, _Finding), attn_mask.untyped_storage(), finding)
+    return finding.boolean(attn_mask)
+
+
+def _may_be_kept(mask: Tensor, keeps: bool | None) -> bool:
+    in_eager_mode = _eager.on if keeps is None else keeps
+    return in_eager_mode and not mask.is_inference() and not torch.cuda.is_current_stream_capturing()
+
+
+def _place(mask: Tensor) -> tuple:
+    """What a mask that is the same has the same."""
+    storage = mask.untyped_storage()
+    stream = private.current_stream(mask.get_device())
+    return storage._cdata, mask.data_ptr(), mask._version, mask.dtype, mask.shape, mask.stride(), stream
+
+
+def _find(wanted: tuple) -> Any:
+    """What is kept of a mask that is still there."""
+    found = _kept.get(wanted)
+    return None if found is None or found[0].expired() else found[1]
+
+
 def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Result:
     """What ``make`` gives for ``mask``, which is kept as long as the mask is the same, but for what is large."""
-    storage = mask.untyped_storage()
-    place: tuple = (storage._cdata, mask.data_ptr(), mask._version, mask.dtype, mask.shape, mask.stride())
-    wanted = (*place, private.current_stream(mask.get_device()), what)
-    found = _kept.get(wanted)
-    if found is not None and not found[0].expired():
-        return found[1]  # type: ignore[return-value]
-    for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
-        _kept.pop(key, None)
-    done = make()
-    memory = [x.untyped_storage() for x in (done if isinstance(done, tuple) else (done,)) if x is not None]
-    if sum(x.nbytes() for x in memory) <= max(KEPT_BYTES, storage.nbytes() // KEPT_PART):
-        while len(_kept) >= KEPT:
-            _kept.pop(next(iter(_kept)), None)
-        _kept[wanted] = StorageWeakRef(storage), done
+    wanted = (*_place(mask), what)
+    done = _find(wanted)
+    if done is None:
+        for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
+            _kept.pop(key, None)
+        done, storage = make(), mask.untyped_storage()
+        memory = [x.untyped_storage() for x in (done if isinstance(done, tuple) else (done,)) if x is not None]
+        if sum(x.nbytes() for x in memory) <= max(KEPT_BYTES, storage.nbytes() // KEPT_PART):
+            _keep(wanted, storage, done)
     return done
+
+
+def _keep(wanted: tuple, storage: torch.UntypedStorage, done: Tensor | Prepared | _Finding) -> None:
+    while len(_kept) >= KEPT:
+        _kept.pop(next(iter(_kept)), None)
+    _kept[wanted] = StorageWeakRef(storage), done
 
 
 def forget() -> None:

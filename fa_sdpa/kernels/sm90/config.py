@@ -626,6 +626,15 @@ def backward_config(
     return BackwardConfig(head_dim, head_dim_v, 128 if wide else 64, 128, 2, mask)
 
 
+def is_faster_if_boolean(head_dim: int, head_dim_v: int, softcap: bool, attn_mask: MaskKind) -> bool:
+    """Whether the backward of a mask of this kind has a smaller tile than that of a boolean one, which a mask that adds
+    nothing can have, too. See masks.as_boolean."""
+    if attn_mask not in BIAS_BYTES:
+        return False
+    own, boolean = (backward_config(head_dim, head_dim_v, softcap, kind) for kind in (attn_mask, "bool"))
+    return own.tile_m * own.tile_n < boolean.tile_m * boolean.tile_n
+
+
 def _shared_keys(head_dim: int, head_dim_v: int, softcap: bool) -> int:
     """Keys of a tile whose products the warpgroups share.
 
