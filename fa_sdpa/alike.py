@@ -25,9 +25,10 @@ class Alike:
         run: what serves such a call; None if that is torch.
         tick: counts one.
         modes: the modes of the process and thread that have to be as they were; None if they make no difference.
+        unless: says, asked last, whether a call is another one after all, here and now.
     """
 
-    __slots__ = ("same", "facts", "run", "tick", "modes", "next")
+    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "next")
 
     def __init__(
         self,
@@ -36,8 +37,9 @@ class Alike:
         run: Callable[..., Any] | None = None,
         tick: Callable[[], Any] = lambda: None,
         modes: tuple[Any, ...] | None = None,
+        unless: Callable[[], bool] | None = None,
     ) -> None:
-        self.same, self.facts, self.run, self.tick, self.modes = same, facts, run, tick, modes
+        self.same, self.facts, self.run, self.tick, self.modes, self.unless = same, facts, run, tick, modes, unless
         self.next = self  # those that came after these the last time
 
 

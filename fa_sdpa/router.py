@@ -124,6 +124,7 @@ def sdpa(
             == (token, attn_mask is None, dropout_p, is_causal, tuple(named.items()) if named else ())
             and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
             and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
+            and (alike.unless is None or not alike.unless())
         )
         if foreseen and alike.run is None:
             _calls.latest = alike
@@ -199,7 +200,7 @@ def _looked_at(
     facts = _facts(token, attn_mask, dropout_p, is_causal, named)
     strided = all([x.layout is torch.strided for x in tensors])
     alike = _calls.find(facts, *tensors, modes=_modes()) if strided else None
-    if alike is not None and (alike.run is None or _undisturbed()):
+    if alike is not None and (alike.unless is None or not alike.unless()) and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
     return _decided_anew(facts, *tensors, keeps=strided and alike is None)
@@ -232,47 +233,20 @@ def _decided_anew(
     out = _by_op(query, key, value, attn_mask, is_causal, scale)
     if keeps and out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
         run = attention.prepared(*tensors, needs_grad=out.requires_grad, is_causal=is_causal, scale=scale)
-        alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes)
-        if counted.codes == (HOST_DECIDES,):
-            alike.run, alike.tick = _unless_captured(run, counted.tick, facts), _nothing
+        unless = torch.cuda.is_current_stream_capturing if counted.codes == (HOST_DECIDES,) else None
+        alike = Alike(private.same_tensors(*tensors), facts, run, counted.tick, modes, unless)
         _calls.keep(alike, epoch, *tensors, modes=modes)
     return out
 
 
 def _left(call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool, bool], *tensors: Tensor) -> Alike:
-    """What serves calls like one that is torch's: nothing, or torch but in a CUDA graph, if the policy routes it there,
-    where the host's time counts for nothing. Its kernels are made ready now, as they cannot be in a capture."""
+    """Calls like one that is torch's, but in a CUDA graph if the policy routes it there, where the host's time counts
+    for nothing. Its kernels are made ready now, as they cannot be in a capture."""
     same = private.same_tensors(*tensors)
     if counted.codes == ("below_crossover",) and decide_call(call._replace(captured=True)).routed:
-        run = functools.partial(_torchs, facts)
-        return Alike(same, facts, _unless_captured(run, counted.tick, facts), _nothing, modes)
+        return Alike(same, facts, None, counted.tick, modes, torch.cuda.is_current_stream_capturing)
     matter = None if _left_in_all_modes(call, counted.codes, *tensors) else modes
     return Alike(same, facts, None, counted.tick, matter)
-
-
-def _unless_captured(
-    run: Callable[..., Tensor], tick: Callable[[], int], facts: tuple[Any, ...]
-) -> Callable[..., Tensor]:
-    """What serves, and counts, calls that go another way in a CUDA graph."""
-
-    def either(*tensors: Tensor) -> Tensor:
-        if not torch.cuda.is_current_stream_capturing():
-            tick()
-            return run(*tensors)
-        out = _decided_anew(facts, *tensors, keeps=False)
-        return _torchs(facts, *tensors) if out is None else out
-
-    return either
-
-
-def _torchs(facts: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *mask: Tensor) -> Tensor:
-    """Torch's own answer."""
-    _, _, dropout_p, is_causal, items = facts
-    return _native(_KEYSET, query, key, value, mask[0] if mask else None, dropout_p, is_causal, **dict(items))
-
-
-def _nothing() -> None:
-    """Instead of counting."""
 
 
 def _left_in_all_modes(call: Call, codes: tuple[str, ...], *tensors: Tensor) -> bool:
