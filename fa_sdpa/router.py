@@ -197,26 +197,16 @@ def _looked_at(
     if not _plain(*tensors):
         _unusual(*tensors).tick()
         return None
-    facts = _facts(token, attn_mask, dropout_p, is_causal, named)
+    facts, modes, epoch = _facts(token, attn_mask, dropout_p, is_causal, named), _modes(), _calls.epoch
     strided = all([x.layout is torch.strided for x in tensors])
-    alike = _calls.find(facts, *tensors, modes=_modes()) if strided else None
+    alike = _calls.find(facts, *tensors, modes=modes) if strided else None
     if alike is not None and (alike.unless is None or not alike.unless()) and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
-    return _decided_anew(facts, *tensors, keeps=strided and alike is None)
-
-
-def _decided_anew(
-    facts: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *mask: Tensor, keeps: bool
-) -> Tensor | None:
-    """A call of plain tensors, whatever served those like it; None if it is torch's. ``keeps``: for those to come."""
-    tensors, attn_mask, epoch, modes = (query, key, value, *mask), mask[0] if mask else None, _calls.epoch, _modes()
-    token, _, dropout_p, is_causal, items = facts
-    named = dict(items)
     scale, enable_gqa = named.get("scale"), named.get("enable_gqa", False)
     call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     call = call._replace(captured=jit.capturing())
-    keeps = keeps and not call.captured
+    keeps = strided and not call.captured
     counted = _decided.get(call) or _remember(call, epoch)
     if counted.routed:  # but for a dense bias, which the policy may take, they can only take a call away from fa4
         call = call._replace(circumstances=_circumstances(query, key, value, attn_mask))

@@ -63,21 +63,21 @@ class _Finding:
     def __init__(self, lists: Tensor) -> None:
         """``lists`` of a backward: of no block of keys are there biased blocks of queries."""
         only_hides = (_once(lists)[..., 0] == 0).all()
-        self._only_hides, self._event = only_hides, None
+        self._answer: Tensor | None = only_hides  # until it was looked at
         self._boolean: Tensor | None = None
-        self._is_open = True
+        self._event: torch.cuda.Event | None = None
         if lists.is_cuda:
-            self._only_hides = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
-            self._only_hides.copy_(only_hides, non_blocking=True)
+            self._answer = torch.empty((), dtype=torch.bool, device="cpu", pin_memory=True)
+            self._answer.copy_(only_hides, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
     def boolean(self, mask: Tensor) -> Tensor | None:
         """``mask`` as a boolean one, if it is known to be one."""
-        if self._is_open and (self._event is None or self._event.query()):
-            if self._only_hides:
+        if self._answer is not None and (self._event is None or self._event.query()):
+            if self._answer:
                 self._boolean = _once(mask) == 0
-            self._is_open = False
+            self._answer = None
         return self._boolean
 
 

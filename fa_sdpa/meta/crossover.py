@@ -23,11 +23,10 @@ fits a call decides, by a model of time or by thresholds:
   by its query rows, and under "0" one for any other. In eager mode a call takes that or host_us, whichever is longer.
   fa4 is taken where it is predicted to be faster by ``margin`` on the device, by more far from what was measured
   (`Rule.margin_of`), and no slower in eager mode; there it is taken if also the host's time gains something
-  (`Prediction.is_faster_in_eager_mode`), or where the host decides
-  (`Prediction.host_decides`). ``error`` is the standard deviation of measured over predicted
-  ratios, ``least`` what was measured least of lengths of query and of key and of query rows (batch · heads · length),
-  below which nothing is predicted, and ``measured`` what the figures were fitted to: batch, heads, heads_kv, seqlen_q,
-  seqlen_k, µs on the device of fa4 and of torch.
+  (`Prediction.is_faster_in_eager_mode`), or where the host decides (`Prediction.host_decides`). ``error`` is the
+  standard deviation of measured over predicted ratios, ``least`` what was measured least of lengths of query and of key
+  and of query rows (batch · heads · length), below which nothing is predicted, and ``measured`` what the figures were
+  fitted to: batch, heads, heads_kv, seqlen_q, seqlen_k, µs on the device of fa4 and of torch.
 - **min_seqlen**: (batch, seqlen) pairs in rising order of batch; the last one whose batch the call reaches gives the
   length from which both of the call's sequences must be on.
 

@@ -265,19 +265,10 @@ def _direct_fwd(options: Options, query: Tensor, key: Tensor, value: Tensor, att
     return lambda query, key, value, *mask: cpu.attention_fwd(query, key, value, None, options, *mask)
 
 
-def _direct_bwd(
-    options: Options,
-    dout: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    attn_mask: Tensor | None = None,
-) -> Run:
-    """The same for (dq, dk, dv)."""
-    if query.is_cuda:
-        return launch.prepared_bwd(dout, query, key, value, out, lse, options, attn_mask)
+def _direct_bwd(options: Options, *tensors: Tensor) -> Run:
+    """The same for (dq, dk, dv), of dout, query, key, value, out, lse and, if there is one, the mask."""
+    if tensors[1].is_cuda:
+        return launch.prepared_bwd(*tensors[:6], options, *tensors[6:])  # type: ignore[call-arg,arg-type]
     return lambda *tensors: cpu.attention_bwd(*tensors[:6], options, *tensors[6:])  # type: ignore[call-arg]
 
 
