@@ -10,7 +10,9 @@ sm90_forward.py; their host's time is that of host_overhead_h100.json. The rest 
 length from which on we are at least as fast as torch's default at every longer one, training by forward and backward
 together. That is time on the device, at 16,384 tokens a call. A call has to keep the device busy for longer than the
 host needs to launch it, so below FREE_SEQLEN it also has to have MIN_TOKENS tokens. Calls with an attn_mask have
-thresholds by the masks of sm90_masks.py, boolean or floating: the one we do worst at decides, prepared in every call.
+thresholds by the masks of sm90_masks.py, boolean or floating: the one we do worst at decides, prepared in every call,
+and by MARGIN. Preparing takes as long with fewer tokens: where that is too long with MIN_TOKENS, all 16,384 are asked
+for.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple
 
 from forward_cases import H100
 from provenance import RESULTS, ROOT  # first: it makes this checkout importable
+from sm90_forward import TOKENS
 from sm90_masks import MASKS
 
 from fa_sdpa import kernels
@@ -36,6 +39,7 @@ QUALIFY, HOST = ("qualify_h100", "grouped_training_h100"), "host_overhead_h100" 
 FORWARD, BACKWARD = ("sm90_forward_h100",), ("sm90_backward_h100",)
 MASKED: dict[Direction, str] = {"forward": "sm90_masks_h100", "training": "sm90_masks_training_h100"}
 FREE_SEQLEN, MIN_TOKENS = 2048, 8192
+MARGIN = 1.03  # by which two times of calls with a mask have to differ to be told apart
 NUM_SMS = 132
 
 
@@ -109,18 +113,30 @@ def times(names: Iterable[str]) -> dict[tuple[int, bool, int], tuple[float, floa
     return found
 
 
-def thresholds(direction: Direction, of: dict[tuple[int, bool, int], tuple[float, float]]) -> list[Rule]:
-    """One rule for each head dim and mask; none where we are behind at the longest length."""
+def fewest_tokens(ours: float, theirs: float, once: float = 0.0, margin: float = 1.0) -> int | None:
+    """With how many tokens, MIN_TOKENS or TOKENS, a call is faster than torch's; None with neither. The times are of
+    TOKENS; ``once`` is the part of ours that is no shorter with fewer."""
+    for tokens in (MIN_TOKENS, TOKENS):
+        if ((ours - once) * tokens + once * TOKENS) * margin <= theirs * tokens:
+            return tokens
+    return None
+
+
+def thresholds(direction: Direction, of: dict[tuple[int, bool, int], int | None]) -> list[Rule]:
+    """One rule for each head dim and mask; none where we are behind at the longest length. ``of``: the fewest tokens
+    of each length."""
     found = []
     for head_dim, is_causal in sorted({cell[:2] for cell in of}):
-        threshold = None
+        steps: list[tuple[int, int]] = []
         for cell in sorted((cell for cell in of if cell[:2] == (head_dim, is_causal)), reverse=True):
-            if of[cell][0] > of[cell][1]:
+            seqlen, tokens = cell[2], of[cell]
+            if tokens is None:
                 break
-            threshold = cell[2]
-        if threshold is not None:
-            steps = [(1, max(threshold, FREE_SEQLEN))]
-            steps += [(MIN_TOKENS // s, s) for s in (1024, 512, 256, 128) if threshold <= s < FREE_SEQLEN]
+            batch = 1 if seqlen >= FREE_SEQLEN else tokens // seqlen
+            steps = [step for step in steps if step[0] < batch] + [(batch, seqlen)]
+        if steps:
+            if steps[-1][1] < FREE_SEQLEN:
+                steps[0] = 1, FREE_SEQLEN
             found.append(Rule(direction, (head_dim, head_dim), is_causal, tuple(steps)))
     return found
 
@@ -130,13 +146,15 @@ def masked() -> list[Rule]:
     found = []
     kinds: dict[Mask, tuple[str, ...]] = {"bool": ("bool",), "float": ("bf16", "fp16", "fp32")}
     for (direction, name), (mask, dtypes) in itertools.product(MASKED.items(), kinds.items()):
-        worst: dict[tuple[int, bool, int], tuple[float, float]] = {}
+        most: dict[tuple[int, bool, int], int | None] = {}
         for row in rows((name,)):
-            cell = row["head_dim"], False, row["seqlen"]
             if MASKS[row["mask"]] in dtypes and row["torch"]:
-                times = 1 / row["ours, fresh"], 1 / row["torch"]
-                worst[cell] = max(worst.get(cell, times), times, key=lambda pair: pair[0] / pair[1])
-        found += [rule._replace(mask=mask) for rule in thresholds(direction, worst)]
+                cell = row["head_dim"], False, row["seqlen"]
+                fresh, kept = 1 / row["ours, fresh"], 1 / row["ours"]
+                tokens = fewest_tokens(fresh, 1 / row["torch"], max(fresh - kept, 0.0), MARGIN)
+                before = most.get(cell, MIN_TOKENS)
+                most[cell] = None if tokens is None or before is None else max(tokens, before)
+        found += [rule._replace(mask=mask) for rule in thresholds(direction, most)]
     return found
 
 
@@ -151,7 +169,12 @@ def table() -> str:
     }
     rules = models()
     there = {kind_of_rule(rule) for rule in rules}
-    rest = [*thresholds("forward", forward), *thresholds("training", training)]
+    both: dict[Direction, dict[tuple[int, bool, int], tuple[float, float]]] = {"forward": forward, "training": training}
+    rest = [
+        rule
+        for direction, of in both.items()
+        for rule in thresholds(direction, {cell: fewest_tokens(*pair) for cell, pair in of.items()})
+    ]
     rules += [rule for rule in rest if kind_of_rule(rule) not in there]
     rules += masked()
     files = (*QUALIFY, *FORWARD, *BACKWARD, *MASKED.values(), HOST)

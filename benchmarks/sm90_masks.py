@@ -11,8 +11,9 @@ status 1 before anything is timed.
 Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, 2048 // d heads; contenders take turns
 as in sm90_forward.py, and each round is do_bench's median (L2 flushed before each call). TFLOP/s from all flops,
 4·B·H·S²·D, in training 14, whatever the mask hides. "ours" reuses what it prepared of the mask, as the layers of a
-model do, "ours, fresh" prepares it in every call. The ratio is the best peer's time over ours. d64 and d128; other head
-dims with two of the masks, for the crossover table.
+model do; in training it is torch's SDPA routed. "ours, fresh" prepares it in every call; in training it is a CUDA graph
+of one step. The ratio is the best peer's time over ours. d64 and d128; other head dims with two of the masks, for the
+crossover table.
 
     padding     (B, 1, 1, S) bool, lengths evenly from S / 2 to S
     triangle    (1, 1, S, S) bool, and the same in bf16 with -inf
@@ -23,7 +24,6 @@ dims with two of the masks, for the crossover table.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import statistics
 import sys
@@ -45,11 +45,12 @@ from mask_cases import check, gate, keys_of, random_masked_case, spec_of  # noqa
 from provenance import save  # noqa: E402
 from sm90_forward import TOKENS, Run, bench_ms  # noqa: E402
 
+import fa_sdpa  # noqa: E402
 from fa_sdpa import kernels  # noqa: E402
 from fa_sdpa.bench.contenders import brief  # noqa: E402
+from fa_sdpa.bench.host import on_in_another_thread  # noqa: E402
 from fa_sdpa.kernels import launch, masks  # noqa: E402
 from fa_sdpa.meta.spec import MaskKind, Options  # noqa: E402
-from fa_sdpa.ops.attention import attention_fwd  # noqa: E402
 
 MASKS: dict[str, MaskKind] = {
     "padding": "bool",
@@ -141,24 +142,43 @@ def contenders(mask: Tensor) -> dict[str, Run]:
 def trainers(mask: Tensor, dout: Tensor) -> dict[str, Run]:
     """The same for out and gradients, through autograd; all of them in one tensor would be a copy, so dK alone."""
 
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention_fwd(query, key, value, attn_mask=mask)[0]
+    def routed(mask: Tensor | None) -> Run:
+        def call(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            with fa_sdpa.enable(fa_sdpa.Policy("always", jit="block")):
+                return F.scaled_dot_product_attention(query, key, value, mask)
 
-    def unmasked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attention_fwd(query, key, value)[0]
+        return call
 
-    def train(forward: Run, keeps: bool = False) -> Run:
+    def train(forward: Run) -> Run:
         def call(*tensors: Tensor) -> Tensor:
             leaves = [x.detach().requires_grad_() for x in tensors]
-            with masks.in_eager_mode() if keeps else contextlib.nullcontext():
-                out = forward(*leaves)
-            return torch.autograd.grad(out, leaves, dout)[1]
+            return torch.autograd.grad(forward(*leaves), leaves, dout)[1]
 
         return call
 
     forwards = contenders(mask)
     peers = {name: train(forwards[name]) for name in PEERS}
-    return {"ours": train(ours, True), "ours, fresh": train(ours), "ours, no mask": train(unmasked), **peers}
+    ours = train(routed(mask))
+    return {"ours": ours, "ours, fresh": in_graph(ours), "ours, no mask": train(routed(None)), **peers}
+
+
+def in_graph(call: Run) -> Run:
+    """``call`` as a CUDA graph of it, made of the first tensors that it gets."""
+    captured: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
+
+    def replay(*tensors: Tensor) -> Tensor:
+        if not captured:
+            call(*tensors)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                out = call(*tensors)
+            captured.append((graph, out))
+        graph, out = captured[0]
+        graph.replay()
+        return out
+
+    return replay
 
 
 def measure(cell: Cell, chosen: list[str], training: bool) -> dict[str, Any]:
@@ -167,7 +187,10 @@ def measure(cell: Cell, chosen: list[str], training: bool) -> dict[str, Any]:
     found = trainers(mask, torch.randn_like(tensors[0])) if training else contenders(mask)
     runs: dict[str, Run] = {name: run for name, run in found.items() if name not in PEERS or name in chosen}
     refused = {}
+    routed_before = fa_sdpa.stats().routed
     expected = runs["ours"](*tensors)
+    if training and fa_sdpa.stats().routed == routed_before:
+        raise RuntimeError(f"{cell} was left to torch: {fa_sdpa.stats().reasons}")
     for name in chosen:
         try:
             out = runs[name](*tensors)
@@ -236,7 +259,10 @@ def main() -> None:
         )
         print(f"numerics: {about['numerics']}", flush=True)
     failed = args.cases and about["numerics"]["failed"]
-    rows = [] if failed or args.no_cells else [measure(cell, args.peers, args.training) for cell in cells]
+    rows = []
+    if not failed and not args.no_cells:
+        with on_in_another_thread():  # so that turning it on, here, is quick
+            rows = [measure(cell, args.peers, args.training) for cell in cells]
     if rows:
         about |= {"summary": summary(rows), "protocol": (__doc__ or "").split("Speed: ")[1].strip()}
         print(tables(rows))

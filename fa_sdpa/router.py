@@ -235,15 +235,19 @@ def _left(call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool,
     same = private.same_tensors(*tensors)
     if counted.codes == ("below_crossover",) and decide_call(call._replace(captured=True)).routed:
         return Alike(same, facts, None, counted.tick, modes, torch.cuda.is_current_stream_capturing)
-    matter = None if _left_in_all_modes(call, counted.codes, *tensors) else modes
-    return Alike(same, facts, None, counted.tick, matter)
+    if _left_alike(call, counted.codes, (False, True), *tensors):
+        return Alike(same, facts, None, counted.tick)
+    if not call.deterministic and _left_alike(call, counted.codes, (False,), *tensors):
+        return Alike(same, facts, None, counted.tick, None, _is_deterministic)  # one question, where modes are two
+    return Alike(same, facts, None, counted.tick, modes)
 
 
-def _left_in_all_modes(call: Call, codes: tuple[str, ...], *tensors: Tensor) -> bool:
-    """Whether a call that is left to torch by these reasons is left by the same whatever its modes: who repeats it need
-    not ask for them. Where no tensor requires gradients, grad mode makes no difference."""
+def _left_alike(call: Call, codes: tuple[str, ...], deterministic: tuple[bool, ...], *tensors: Tensor) -> bool:
+    """Whether a call that is left to torch by these reasons is left by the same in any grad mode and in these
+    deterministic ones: who repeats it need not ask for them. Where no tensor requires gradients, grad mode makes no
+    difference."""
     recorded = (False, True) if any(x.requires_grad for x in tensors) else (False,)
-    for modes in itertools.product(recorded, (False, True)):
+    for modes in itertools.product(recorded, deterministic):
         if modes != (call.needs_grad, call.deterministic):
             other = decide_call(call._replace(needs_grad=modes[0], deterministic=modes[1]), act=False)
             if other.routed or tuple(reason.code for reason in other.reasons) != codes:

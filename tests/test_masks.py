@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -480,6 +481,104 @@ def test_both_directions_share_a_copy_of_biases(preparations):
         torch.testing.assert_close(forward, mask.expand(2, 4, 300, 500))
         mask += 1
         torch.testing.assert_close(masks.prepared(mask, TILES, load).bias, mask.expand(2, 4, 300, 500))
+
+
+def test_the_mask_of_the_last_call_is_known_by_the_tensor(preparations, monkeypatch):
+    launched, load = preparations
+    monkeypatch.setattr(masks.private, "current_stream", lambda device: stream)
+    stream, searches, find = 7, [], masks._find
+    monkeypatch.setattr(masks, "_find", lambda wanted: searches.append(wanted) or find(wanted))
+    repeated = masks.Repeated(TILES, load, True, -1)
+    mask = torch.zeros(300, 512)[:, :500]
+
+    def is_known(mask):
+        before = len(searches)
+        done = repeated(mask)
+        torch.testing.assert_close(done.bias, mask.expand(2, 4, 300, 500))
+        return len(searches) == before
+
+    assert not is_known(mask) and is_known(mask) and len(launched) == 1
+    mask[0, 0] = 1.0
+    assert not is_known(mask) and is_known(mask) and len(launched) == 2
+    same_memory = mask.view_as(mask)
+    assert not is_known(same_memory) and is_known(same_memory) and len(launched) == 2
+    stream = 8
+    assert not is_known(same_memory) and is_known(same_memory) and len(launched) == 3
+    mask.data = mask.clone()
+    assert not is_known(mask) and is_known(mask) and len(launched) == 4
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for count in (5, 6):  # its replays have to read the mask
+        repeated(mask)
+        assert len(launched) == count
+
+
+def test_a_mask_that_is_not_kept_is_not_known_by_the_tensor_either(preparations, monkeypatch):
+    launched, load = preparations
+    mask = torch.ones(2, 1, 300, 500, dtype=torch.bool)
+    with torch.inference_mode():
+        inference = torch.ones(2, 1, 300, 500, dtype=torch.bool)
+    for given, keeps in ((mask, False), (inference, True)):
+        repeated = masks.Repeated(TILES, load, keeps, -1)
+        assert repeated(given).lists is not repeated(given).lists
+    monkeypatch.setattr(masks, "KEPT_BYTES", 0)
+    repeated = masks.Repeated(TILES._replace(left=-5), load, True, -1)
+    row = torch.ones(1, 1, 1, 500, dtype=torch.bool)
+    assert repeated(row).lists is not repeated(row).lists
+    assert len(launched) == 6 and not masks._latest
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
+def test_no_mask_lives_longer_for_being_known(preparations, dtype):
+    _, load = preparations
+    several = [masks.Repeated(TILES, load, True, -1) for _ in range(masks.KEPT + 3)]
+    mask = torch.ones(300, 512, dtype=dtype)[:, :500]
+    gone = weakref.ref(mask)
+    for repeated in several:
+        repeated(mask), repeated(mask)
+    assert len(masks._latest) == masks.KEPT
+    del mask
+    assert gone() is None and not masks._latest
+
+
+def test_a_call_with_packed_heads_knows_its_mask(preparations):
+    launched, load = preparations
+    repeated = masks.Repeated(TILES._replace(heads=2, seqlen_q=2), load, True, -1, packed=2)
+    mask = torch.rand(2, 4, 1, 500) < 0.5
+    first = repeated(mask)
+    assert repeated(mask) is first and launched[0][0].shape == (2, 2, 2, 500)
+    assert torch.equal(launched[0][0].bool(), mask.view(2, 2, 2, 500))
+
+
+def test_a_mask_that_may_be_as_good_as_boolean_is_not_known_before_that_is_settled(preparations, monkeypatch):
+    biased, answers = [], []
+
+    def load():
+        return lambda *arguments: arguments[7].fill_(0)[..., 0].fill_(len(biased))
+
+    init = masks._Finding.__init__
+
+    def not_at_once(self, lists):
+        init(self, lists)
+        self._event = type("Event", (), {"query": lambda self: bool(answers)})()
+
+    monkeypatch.setattr(masks._Finding, "__init__", not_at_once)
+    repeated = masks.Repeated(BACKWARD_TILES, load, True, -1, faster_if_boolean=True)
+    mask = torch.zeros(2, 1, 300, 512)[..., :500]
+    for _ in range(3):
+        assert isinstance(repeated(mask), masks.Prepared) and not masks._latest
+    answers.append("yes")
+    boolean = repeated(mask)
+    assert boolean.all() and repeated(mask) is boolean and len(masks._latest) == 1
+    mask += 1.0
+    biased.append("now")
+    answers.clear()
+    for _ in range(3):
+        assert isinstance(repeated(mask), masks.Prepared)
+    answers.append("no")
+    found = repeated(mask)
+    assert isinstance(found, masks.Prepared) and repeated(mask) is not boolean
+    monkeypatch.setattr(masks, "as_boolean", None)  # is not asked again
+    assert repeated(mask).lists is found.lists
 
 
 # ---- the same for a backward -----------------------------------------------------------------------------------------

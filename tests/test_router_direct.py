@@ -322,19 +322,20 @@ def test_a_nested_or_sparse_mask_is_torchs_to_refuse(layout, after_others):
     assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("in_all_modes", [True, False])
-def test_modes_that_decide_are_asked_for(in_all_modes, monkeypatch):
+@pytest.mark.parametrize("matter", ["none", "deterministic", "both"])
+def test_modes_that_decide_are_asked_for(matter, monkeypatch):
     """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold."""
-    if not in_all_modes:
 
-        def decide_call(call, **how):
-            if call.needs_grad or call.deterministic:
-                return Decision("native", (Reason("grad" if call.needs_grad else "deterministic", "a test"),))
-            return Decision("native", (Reason("neither", "a test"),))
+    def decide_call(call, **how):
+        code = "grad" if call.needs_grad else "neither"
+        if matter == "deterministic":
+            code = "any"
+        return Decision("native", (Reason("deterministic" if call.deterministic else code, "a test"),))
 
+    if matter != "none":
         monkeypatch.setattr(router, "decide_call", decide_call)
     x = qkv(requires_grad=True)
-    options = {"dropout_p": 0.5} if in_all_modes else {}
+    options = {"dropout_p": 0.5} if matter == "none" else {}
     with fa_sdpa.enable("always"):
         for _ in range(3):
             for _ in range(2):
@@ -348,9 +349,16 @@ def test_modes_that_decide_are_asked_for(in_all_modes, monkeypatch):
                         sdpa(*x, **options)
                 finally:
                     torch.use_deterministic_algorithms(False)
-    expected = {"dropout": 18} if in_all_modes else {"grad": 6, "neither": 6, "deterministic": 6}
-    assert fa_sdpa.stats().eager.reasons == expected
-    assert (router._calls.latest.modes is None) == in_all_modes
+        sdpa(*x, **options)
+        asked = router._calls.latest
+    expected = {
+        "none": {"dropout": 19},
+        "deterministic": {"any": 13, "deterministic": 6},
+        "both": {"grad": 7, "neither": 6, "deterministic": 6},
+    }
+    assert fa_sdpa.stats().eager.reasons == expected[matter]
+    assert (asked.modes is None) == (matter != "both")
+    assert (asked.unless is None) == (matter != "deterministic")
 
 
 def test_calls_in_turns(through_op):

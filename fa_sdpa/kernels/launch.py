@@ -145,7 +145,7 @@ def _attend_masked(
 ) -> None:
     """``attention_fwd`` with a mask, whose tile lists and bits stand for is_causal and the window too."""
     run, packs, tiles, load, scalars = _masked_launch_of(query, key, value, attn_mask, sink is not None, options)
-    done = masks.prepared(_mask_of(attn_mask, key.shape[1] if packs else None), tiles, load)
+    done = masks.prepared(masks.in_4d(attn_mask, key.shape[1] if packs else None), tiles, load)
     if packs:
         query, out, lse = _packed(query, out, lse, key.shape[1])
     run(_addressable(query), _addressable(key), _addressable(value), out, lse, *done, *scalars, sink)
@@ -158,7 +158,7 @@ def _masked_launch_of(
     heads_kv, seqlen_k, head_dim_v = value.shape[1:]
     is_causal, left, right = _visible(options, seqlen_q, seqlen_k)
     right = 0 if is_causal else right
-    mask, kind = _mask_of(attn_mask), mask_kind(attn_mask.dtype)
+    mask, kind = masks.in_4d(attn_mask), mask_kind(attn_mask.dtype)
     num_sms = Target.of(query.device).num_sms
     flags = (right is not None, options.softcap > 0.0, has_sink)
     sizes = (batch, heads, heads_kv, seqlen_q, seqlen_k, num_sms)
@@ -172,13 +172,6 @@ def _masked_launch_of(
     tiles = masks.Tiles(*sequences, left, right, plan.tile_m, plan.tile_n)
     scalars = (unit * LOG2_E, num_sms, *_biasing(attn_mask, unit), cap_factor)
     return _MaskedLaunch(plan.run, packs, tiles, functools.partial(_load_preparation, plan.preparation), scalars)
-
-
-def _mask_of(attn_mask: Tensor, packed: int | None = None) -> Tensor:
-    """A mask in 4 dimensions; for calls with one query per head, the heads that share one of so many key/value heads
-    are rows of one head."""
-    mask = attn_mask if attn_mask.dim() == 4 else attn_mask[(None,) * (4 - attn_mask.dim())]
-    return mask if packed is None or mask.size(1) == 1 else mask.unflatten(1, (packed, -1)).squeeze(3)
 
 
 def _biasing(attn_mask: Tensor, unit: float) -> tuple[float | None, float | None]:
@@ -242,12 +235,12 @@ def _fast_masked_fwd(
     """The same with a mask."""
     run, packs, tiles, load, scalars = launch
     current_device, empty = private.current_device, private.empty_strided_cuda
-    prepared, packed = masks.prepared, heads_kv if packs else None
+    prepared = masks.Repeated(tiles, load, keeps, device, heads_kv if packs else None)
 
     def fast_run(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> tuple[Tensor, ...]:
         if (query.data_ptr() | key.data_ptr() | value.data_ptr()) & 15 or current_device() != device:
             return any_run(query, key, value, attn_mask)
-        done = prepared(_mask_of(attn_mask, packed), tiles, load, keeps)
+        done = prepared(attn_mask)
         out, lse = empty(*layout_out), empty(*layout_lse)
         rows = _packed(query, out, lse, heads_kv) if packs else (query, out, lse)
         run(rows[0], key, value, rows[1], rows[2], *done, *scalars, None)
@@ -388,6 +381,7 @@ def prepared_bwd(
     layout_scratch = (elements,), (1,), torch.float32
     heads_kv = key.shape[1]
     layout_part_k, layout_part_v = (_parts_layout(x, heads) for x in (key, value))
+    prepared = launch.mask and masks.Repeated(*launch.mask, keeps, device, faster_if_boolean=launch.slower_than_boolean)
     of_boolean: list[Run] = []  # what serves these calls once the mask is known to be as good as boolean
 
     def fast_run(
@@ -396,15 +390,18 @@ def prepared_bwd(
         addresses = dout.data_ptr() | query.data_ptr() | key.data_ptr() | value.data_ptr() | out.data_ptr()
         if addresses & 15 or current_device() != device or is_deterministic() != deterministic:
             return any_run(dout, query, key, value, out, lse, *mask)
-        if mask and (boolean := launch.as_boolean(mask[0], keeps)) is not None:
-            tensors = dout, query, key, value, out, lse
-            if not of_boolean:
-                with masks.in_eager_mode():
-                    of_boolean.append(prepared_bwd(*tensors, options, boolean))
-            return of_boolean[0](*tensors, boolean)
+        done: tuple[Tensor | None, ...] = ()
+        if prepared is not None:
+            found = prepared(mask[0])
+            if isinstance(found, Tensor):
+                tensors = dout, query, key, value, out, lse
+                if not of_boolean:
+                    with masks.in_eager_mode():
+                        of_boolean.append(prepared_bwd(*tensors, options, found))
+                return of_boolean[0](*tensors, found)
+            done = found
         dq, dk, dv, scratch = empty(*layout_dq), empty(*layout_dk), empty(*layout_dv), empty(*layout_scratch)
         parts = (dk, dv) if heads == heads_kv else (empty(*layout_part_k), empty(*layout_part_v))
-        done = launch.prepared(mask[0], keeps) if mask else ()
         run(dout, query, key, value, out, lse, dq, dk, dv, *parts, scratch, *done, *scalars)
         return dq, dk, dv
 
@@ -427,16 +424,16 @@ class _BackwardLaunch(NamedTuple):
     mask: tuple[masks.Tiles, Callable[[], Kernel]] | None = None  # what it is prepared for, and by what
     slower_than_boolean: bool = False
 
-    def as_boolean(self, attn_mask: Tensor, keeps: bool | None = None) -> Tensor | None:
+    def as_boolean(self, attn_mask: Tensor) -> Tensor | None:
         """The mask as masks.as_boolean gives it, if that is faster."""
         if self.mask is None or not self.slower_than_boolean:
             return None
-        return masks.as_boolean(_mask_of(attn_mask), self.mask[0], keeps)
+        return masks.as_boolean(masks.in_4d(attn_mask), self.mask[0])
 
-    def prepared(self, attn_mask: Tensor, keeps: bool | None = None) -> masks.Prepared:
+    def prepared(self, attn_mask: Tensor) -> masks.Prepared:
         """The mask, as masks.prepared gives it."""
         assert self.mask is not None, "a call with a mask"
-        return masks.prepared(_mask_of(attn_mask), *self.mask, keeps)
+        return masks.prepared(masks.in_4d(attn_mask), *self.mask)
 
 
 def _backward_launch_of(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,6 +72,11 @@ class _Finding:
             self._answer.copy_(only_hides, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the answer was looked at."""
+        return self._answer is None
 
     def boolean(self, mask: Tensor) -> Tensor | None:
         """``mask`` as a boolean one, if it is known to be one."""
@@ -182,14 +188,101 @@ def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Res
 
 
 def _keep(wanted: tuple, storage: torch.UntypedStorage, done: Tensor | Prepared | _Finding) -> None:
-    while len(_kept) >= KEPT:
-        _kept.pop(next(iter(_kept)), None)
+    _make_room(_kept)
     _kept[wanted] = StorageWeakRef(storage), done
+
+
+def _make_room(kept: dict[Any, Any]) -> None:
+    """For one more; other threads may be at it, too."""
+    for oldest in list(kept)[: max(len(kept) - KEPT + 1, 0)]:
+        kept.pop(oldest, None)
 
 
 def forget() -> None:
     """Keep none of them."""
     _kept.clear()
+    _latest.clear()
+
+
+class _Latest(NamedTuple):
+    """The mask of the last call of a kind, and what it was found to be: as `Repeated` gives it."""
+
+    owner: weakref.ref[Tensor]
+    version: int
+    address: int
+    stream: int
+    found: Prepared | Tensor
+
+
+_latest: dict[object, _Latest] = {}
+
+
+class Repeated:
+    """`prepared` for calls that repeat, whose masks have one layout on one device, with ``tiles``, ``load`` and
+    ``keeps`` as there. Gives a boolean mask where a floating one is as good as that and the caller says that it is
+    `faster_if_boolean`: see `as_boolean`.
+
+    The mask of the last call is known by the tensor object, which is what a model hands to all its layers: the search
+    for what is kept of any mask takes the host twice as long as the launch.
+    """
+
+    __slots__ = ("_tiles", "_load", "_keeps", "_packed", "_faster_if_boolean", "_device", "_name")
+
+    def __init__(
+        self,
+        tiles: Tiles,
+        load: Callable[[], Kernel],
+        keeps: bool,
+        device: int,
+        packed: int | None = None,
+        faster_if_boolean: bool = False,
+    ) -> None:
+        """``packed``: as of `in_4d`."""
+        self._tiles, self._load, self._keeps, self._device = tiles, load, keeps, device
+        self._packed, self._faster_if_boolean = packed, faster_if_boolean
+        self._name = object()  # in ``_latest``, which shall not keep a launch that nobody makes any more
+
+    def __call__(self, attn_mask: Tensor) -> Prepared | Tensor:
+        latest = _latest.get(self._name)
+        if (
+            latest is not None
+            and latest.owner() is attn_mask
+            and latest.version == attn_mask._version
+            and latest.address == attn_mask.data_ptr()
+            and latest.stream == private.current_stream(self._device)
+            and not torch.cuda.is_current_stream_capturing()
+        ):
+            return latest.found
+        mask, boolean = in_4d(attn_mask, self._packed), None
+        if self._faster_if_boolean:
+            boolean = as_boolean(mask, self._tiles, self._keeps)
+        found = prepared(mask, self._tiles, self._load, self._keeps) if boolean is None else boolean
+        if _may_be_kept(attn_mask, self._keeps) and (boolean is not None or self._is_final(mask)):
+            self._remember(attn_mask, found)
+        return found
+
+    def _is_final(self, mask: Tensor) -> bool:
+        """Whether what was prepared of a mask is kept, and there is no better to come."""
+        place = _place(mask)
+        finding = _find((*place, _Finding)) if self._faster_if_boolean else None
+        is_settled = not self._faster_if_boolean or finding is not None and finding.is_settled
+        return is_settled and _find((*place, self._tiles)) is not None
+
+    def _remember(self, attn_mask: Tensor, found: Prepared | Tensor) -> None:
+        name = self._name
+        if isinstance(found, Prepared) and found.bias is not None:  # a view would keep the mask itself alive
+            found = found._replace(bias=found.bias.detach())
+        _make_room(_latest)
+        owner = weakref.ref(attn_mask, lambda _: _latest.pop(name, None))
+        stream = private.current_stream(self._device)
+        _latest[name] = _Latest(owner, attn_mask._version, attn_mask.data_ptr(), stream, found)
+
+
+def in_4d(attn_mask: Tensor, packed: int | None = None) -> Tensor:
+    """A mask in 4 dimensions; for calls with one query per head, the heads that share one of ``packed`` key/value heads
+    are rows of one head."""
+    mask = attn_mask if attn_mask.dim() == 4 else attn_mask[(None,) * (4 - attn_mask.dim())]
+    return mask if packed is None or mask.size(1) == 1 else mask.unflatten(1, (packed, -1)).squeeze(3)
 
 
 class _Recipe(NamedTuple):
