@@ -143,6 +143,7 @@ OF_README: Tables = {
     "first_call_h100": first_call,
     "host_overhead_h100": host_overhead,
     "policy_promise_h100": promise,
+    "policy_promise_masks_h100": promise,
     "sm90_masks_h100": masks,
     "sm90_masks_training_h100": masks,
     "masked_models_h100": masked_models,
