@@ -26,9 +26,10 @@ class Alike:
         tick: counts one.
         modes: the modes of the process and thread that have to be as they were; None if they make no difference.
         unless: says, asked last, whether a call is another one after all, here and now.
+        left: asked instead of all that, about fewer tensors, where it is enough to know that a call is torch's.
     """
 
-    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "next")
+    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "left", "next")
 
     def __init__(
         self,
@@ -38,9 +39,15 @@ class Alike:
         tick: Callable[[], Any] = lambda: None,
         modes: tuple[Any, ...] | None = None,
         unless: Callable[[], bool] | None = None,
+        left: Callable[..., bool] | None = None,
     ) -> None:
         self.same, self.facts, self.run, self.tick, self.modes, self.unless = same, facts, run, tick, modes, unless
+        self.left = left
         self.next = self  # those that came after these the last time
+
+    def forget(self) -> None:
+        """No call is like these any more."""
+        self.same = self.left = never
 
 
 def never(*tensors: Tensor) -> bool:
@@ -84,14 +91,14 @@ class Memory:
         self._kept[key] = alike
         self.latest.next = self.latest = alike
         if epoch != self.epoch:  # looked at last: what is put in after the epoch changed may have been missed there
-            alike.same = never
+            alike.forget()
             self._kept.pop(key, None)
 
     def forget(self) -> None:
         """Forget every call, in all threads."""
         self.epoch = next(self._epochs)
         for alike in list(self._kept.values()):
-            alike.same = never  # guesses of any thread may lead there
+            alike.forget()  # guesses of any thread may lead there
         self._kept.clear()
         self.latest = Alike(never, ())
 

@@ -113,19 +113,25 @@ def sdpa(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    **named: Any,  # scale and enable_gqa, where they are not their default
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
     token = thread.token or process.token
     if token != OFF:
         alike = _calls.latest.next
-        foreseen = (
-            alike.facts  # == _facts(token, …), but here the call of a function counts
-            == (token, attn_mask is None, dropout_p, is_causal, tuple(named.items()) if named else ())
-            and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
-            and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
-            and (alike.unless is None or not alike.unless())
-        )
+        # == _facts(token, …), but here the call of a function counts
+        foreseen = alike.facts == (token, attn_mask is None, dropout_p, is_causal, scale, enable_gqa)
+        if foreseen and alike.left is not None:
+            foreseen = alike.left(query, value) if attn_mask is None else alike.left(query, value, attn_mask)
+        else:
+            foreseen = (
+                foreseen
+                and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
+                and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
+                and (alike.unless is None or not alike.unless())
+            )
         if foreseen and alike.run is None:
             _calls.latest = alike
             alike.tick()
@@ -136,12 +142,16 @@ def sdpa(
                 return alike.run(query, key, value)  # type: ignore[misc]
             return alike.run(query, key, value, attn_mask)  # type: ignore[misc]
         else:
-            out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
+            out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
             if out is not None:
                 return out
-    if named or is_causal or dropout_p:
-        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
-    if attn_mask is None:  # fewer arguments cost less
+    if enable_gqa:
+        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True)
+    if scale is not None:
+        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
+    if is_causal or dropout_p:  # fewer arguments cost less
+        return _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal)
+    if attn_mask is None:
         return _native(_KEYSET, query, key, value)
     return _native(_KEYSET, query, key, value, attn_mask)
 
@@ -153,24 +163,32 @@ def sdpa_of_nested(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    **named: Any,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """The same where a tensor is nested, which must not come to the check of those that are alike: it would end the
     process."""
     token = thread.token or process.token
     out = None
     if token != OFF:
-        out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, named)
+        out = _looked_at(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if out is None:
-        out = _native(_KEYSET, query, key, value, attn_mask, dropout_p, is_causal, **named)
+        options = attn_mask, dropout_p, is_causal
+        out = _native(_KEYSET, query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
     return out
 
 
 def _facts(
-    token: str, attn_mask: Tensor | None, dropout_p: float, is_causal: bool, named: dict[str, Any]
+    token: str,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
 ) -> tuple[Any, ...]:
     """What calls that are alike share besides their tensors and modes."""
-    return token, attn_mask is None, dropout_p, is_causal, tuple(named.items())
+    return token, attn_mask is None, dropout_p, is_causal, scale, enable_gqa
 
 
 def _modes() -> tuple[bool, bool]:
@@ -186,7 +204,8 @@ def _looked_at(
     attn_mask: Tensor | None,
     dropout_p: float,
     is_causal: bool,
-    named: dict[str, Any],
+    scale: float | None,
+    enable_gqa: bool,
 ) -> Tensor | None:
     """A call that was not foreseen; None if it is torch's."""
     if _compiler.__dict__.get("tracing_context") is not None:
@@ -197,13 +216,13 @@ def _looked_at(
     if not _plain(*tensors):
         _unusual(*tensors).tick()
         return None
-    facts, modes, epoch = _facts(token, attn_mask, dropout_p, is_causal, named), _modes(), _calls.epoch
+    facts = _facts(token, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    modes, epoch = _modes(), _calls.epoch
     strided = all([x.layout is torch.strided for x in tensors])
     alike = _calls.find(facts, *tensors, modes=modes) if strided else None
     if alike is not None and (alike.unless is None or not alike.unless()) and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
-    scale, enable_gqa = named.get("scale"), named.get("enable_gqa", False)
     call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     call = call._replace(captured=jit.capturing())
     keeps = strided and not call.captured
@@ -218,7 +237,7 @@ def _looked_at(
     counted.tick()
     if not counted.routed:
         if keeps and call in _decided:
-            _calls.keep(_left(call, counted, facts, modes, *tensors), epoch, *tensors, modes=modes)
+            _calls.keep(_left(call, counted, facts, modes, epoch, *tensors), epoch, *tensors, modes=modes)
         return None
     out = _by_op(query, key, value, attn_mask, is_causal, scale)
     if keeps and out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
@@ -229,28 +248,40 @@ def _looked_at(
     return out
 
 
-def _left(call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool, bool], *tensors: Tensor) -> Alike:
+def _left(
+    call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool, bool], epoch: int, *tensors: Tensor
+) -> Alike:
     """Calls like one that is torch's, but in a CUDA graph if the policy routes it there, where the host's time counts
     for nothing. Its kernels are made ready now, as they cannot be in a capture."""
     same = private.same_tensors(*tensors)
     if counted.codes == ("below_crossover",) and decide_call(call._replace(captured=True)).routed:
         return Alike(same, facts, None, counted.tick, modes, torch.cuda.is_current_stream_capturing)
-    if _left_alike(call, counted.codes, (False, True), *tensors):
-        return Alike(same, facts, None, counted.tick)
-    if not call.deterministic and _left_alike(call, counted.codes, (False,), *tensors):
-        return Alike(same, facts, None, counted.tick, None, _is_deterministic)  # one question, where modes are two
-    return Alike(same, facts, None, counted.tick, modes)
+
+    def is_repeated(*tensors: Tensor) -> bool:
+        """Once such a call comes again it is worth to find out how little has to be asked of it."""
+        if not same(*tensors):
+            return False
+        alike.same = same
+        if _left_in_all_modes(call, counted.codes):
+            alike.modes = None
+            if not _against_shapes(call):
+                # With this query and value no key but one of this size could be routed: whatever comes, it is torch's.
+                alike.left = private.same_tensors(tensors[0], *tensors[2:])
+        if epoch != _calls.epoch:
+            alike.forget()
+        return True
+
+    alike = Alike(is_repeated, facts, None, counted.tick, modes)
+    return alike
 
 
-def _left_alike(call: Call, codes: tuple[str, ...], deterministic: tuple[bool, ...], *tensors: Tensor) -> bool:
-    """Whether a call that is left to torch by these reasons is left by the same in any grad mode and in these
-    deterministic ones: who repeats it need not ask for them. Where no tensor requires gradients, grad mode makes no
-    difference."""
-    recorded = (False, True) if any(x.requires_grad for x in tensors) else (False,)
-    for modes in itertools.product(recorded, deterministic):
+def _left_in_all_modes(call: Call, codes: tuple[str, ...]) -> bool:
+    """Whether a call that is left to torch by these reasons is left by them, and perhaps by more, whatever the modes
+    and whether its tensors require gradients."""
+    for modes in itertools.product((False, True), repeat=2):
         if modes != (call.needs_grad, call.deterministic):
             other = decide_call(call._replace(needs_grad=modes[0], deterministic=modes[1]), act=False)
-            if other.routed or tuple(reason.code for reason in other.reasons) != codes:
+            if other.routed or not {reason.code for reason in other.reasons} >= set(codes):
                 return False
     return True
 

@@ -322,15 +322,15 @@ def test_a_nested_or_sparse_mask_is_torchs_to_refuse(layout, after_others):
     assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("matter", ["none", "deterministic", "both"])
+@pytest.mark.parametrize("matter", ["none", "in part", "all"])
 def test_modes_that_decide_are_asked_for(matter, monkeypatch):
-    """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold."""
+    """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold, or in some
+    modes for more."""
 
     def decide_call(call, **how):
-        code = "grad" if call.needs_grad else "neither"
-        if matter == "deterministic":
-            code = "any"
-        return Decision("native", (Reason("deterministic" if call.deterministic else code, "a test"),))
+        codes = ["grad" if call.needs_grad else "neither"] if matter == "all" else ["any"]
+        codes += ["deterministic"] if call.deterministic else []
+        return Decision("native", tuple(Reason(code, "a test") for code in codes))
 
     if matter != "none":
         monkeypatch.setattr(router, "decide_call", decide_call)
@@ -351,14 +351,42 @@ def test_modes_that_decide_are_asked_for(matter, monkeypatch):
                     torch.use_deterministic_algorithms(False)
         sdpa(*x, **options)
         asked = router._calls.latest
-    expected = {
-        "none": {"dropout": 19},
-        "deterministic": {"any": 13, "deterministic": 6},
-        "both": {"grad": 7, "neither": 6, "deterministic": 6},
-    }
+    expected = {"none": {"dropout": 19}, "in part": {"any": 19}, "all": {"grad": 7, "neither": 12, "deterministic": 6}}
     assert fa_sdpa.stats().eager.reasons == expected[matter]
-    assert (asked.modes is None) == (matter != "both")
-    assert (asked.unless is None) == (matter != "deterministic")
+    assert (asked.modes is None) == (asked.left is not None) == (matter != "all")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_call_that_is_left_is_known_by_query_and_value(masked):
+    """Whatever key comes with them: the one that could be routed has the size that they ask for."""
+    q, k, v = qkv(2, 4, 9, 8)
+    mask = (torch.rand(9, 9) < 0.5,) if masked else ()
+    expected = sdpa(q, k, v, *mask)
+    with fa_sdpa.enable("never"):
+        for _ in range(3):
+            assert torch.equal(sdpa(q, k, v, *mask), expected)
+        alike = router._calls.latest
+        assert (
+            alike.left(q, v, *mask) and not alike.left(q, v[:, :, 1:], *mask) and not alike.left(q.double(), v, *mask)
+        )
+        with pytest.raises(RuntimeError):
+            sdpa(q, k.double(), v, *mask)
+        assert sdpa(q, k.clone().requires_grad_(), v, *mask).requires_grad
+        assert sdpa(q, k[:1], v, *mask).shape == q.shape  # torch broadcasts
+        assert router._calls.latest is alike and fa_sdpa.stats().eager == (0, 6, {"policy_never": 6})
+    router._calls.forget()
+    assert not alike.left(q, v, *mask) and not alike.same(q, k, v, *mask)
+
+
+def test_a_call_that_torch_refuses_is_not_known_by_query_and_value():
+    """One with the right key could be routed."""
+    q, k, v = qkv(2, 4, 9, 8)
+    with fa_sdpa.enable("always"):
+        for _ in range(3):
+            assert sdpa(q, k[:1], v).shape == q.shape
+        assert router._calls.latest.run is None
+        sdpa(q, k, v)
+        assert fa_sdpa.stats().eager.routed == 1
 
 
 def test_calls_in_turns(through_op):

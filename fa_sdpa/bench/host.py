@@ -155,7 +155,7 @@ def measure_steps(
     forward, backward = attention._direct_fwd(options, q, k, v), attention._direct_bwd(options, *inputs)
     recorded = attention.prepared(leaves[0], leaves[1], leaves[2], needs_grad=True, is_causal=False, scale=None)
     token, same = token_of("always"), private.same_tensors(q, k, v)
-    facts, modes = router._facts(token, None, 0.0, False, {}), router._modes()
+    facts, modes = router._facts(token, None, 0.0, False, None, False), router._modes()
     empty = private.empty_strided_cuda if device == "cuda" else lambda *layout: torch.empty_strided(*layout[:2])
     layouts = [(tuple(x.shape), x.stride(), x.dtype) for x in (out, lse)]
 
@@ -172,7 +172,7 @@ def measure_steps(
                 "op": lambda: op(q, k, v),
                 "decision": lambda: (
                     same(q, k, v)
-                    and facts == router._facts(token, None, 0.0, False, {})
+                    and facts == router._facts(token, None, 0.0, False, None, False)
                     and modes == (private.is_grad_enabled(), private.is_deterministic())
                     and private.undisturbed()  # as in sdpa
                 ),
