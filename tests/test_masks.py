@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_ops import SHAPES, assert_within_bound, inputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fa_sdpa
@@ -486,8 +487,8 @@ def test_both_directions_share_a_copy_of_biases(preparations):
 def test_the_mask_of_the_last_call_is_known_by_the_tensor(preparations, monkeypatch):
     launched, load = preparations
     monkeypatch.setattr(masks.private, "current_stream", lambda device: stream)
-    stream, searches, find = 7, [], masks._find
-    monkeypatch.setattr(masks, "_find", lambda wanted: searches.append(wanted) or find(wanted))
+    stream, searches, place = 7, [], masks._place
+    monkeypatch.setattr(masks, "_place", lambda mask: searches.append(mask) or place(mask))
     repeated = masks.Repeated(TILES, load, True, -1)
     mask = torch.zeros(300, 512)[:, :500]
 
@@ -505,6 +506,9 @@ def test_the_mask_of_the_last_call_is_known_by_the_tensor(preparations, monkeypa
     stream = 8
     assert not is_known(same_memory) and is_known(same_memory) and len(launched) == 3
     mask.data = mask.clone()
+    assert not is_known(mask) and is_known(mask) and len(launched) == 4
+    latest = masks._latest[repeated._name]  # as if other memory had come to lie there
+    masks._latest[repeated._name] = latest._replace(storage=StorageWeakRef(torch.zeros(1).untyped_storage()))
     assert not is_known(mask) and is_known(mask) and len(launched) == 4
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for count in (5, 6):  # its replays have to read the mask

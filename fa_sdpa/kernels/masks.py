@@ -32,6 +32,7 @@ UNBOUNDED = 1 << 30  # of a window
 ALIGNMENT = 16  # bytes, of addresses and strides that TMA takes
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]  # size and stride
+Place = tuple[Any, ...]  # what a mask that is the same has the same
 
 
 class Prepared(NamedTuple):
@@ -120,10 +121,14 @@ def prepared(attn_mask: Tensor, tiles: Tiles, load: Callable[[], Kernel], keeps:
         load: gives the kernel that prepares masks of this dtype for tiles of these sizes.
         keeps: whether the call comes from the program itself; None asks `is_in_eager_mode`.
     """
-    is_kept = _may_be_kept(attn_mask, keeps)
+    return _prepared(attn_mask, _place(attn_mask) if _may_be_kept(attn_mask, keeps) else None, tiles, load)
+
+
+def _prepared(attn_mask: Tensor, place: Place | None, tiles: Tiles, load: Callable[[], Kernel]) -> Prepared:
+    """``place``: None if nothing is to be kept."""
 
     def once(what: object, make: Callable[[], Result]) -> Result:
-        return _kept_or_made(attn_mask, what, make) if is_kept else make()
+        return make() if place is None else _kept_or_made(attn_mask, place + (what,), make)
 
     if attn_mask.dtype is torch.bool:
         return once(tiles, lambda: _prepare(attn_mask, tiles, load()))
@@ -143,7 +148,12 @@ def as_boolean(attn_mask: Tensor, tiles: Tiles, keeps: bool | None = None) -> Te
     the device, and later ones may have the answer. ``attn_mask`` and ``keeps`` as of `prepared`."""
     if attn_mask.dtype is torch.bool or not _may_be_kept(attn_mask, keeps):
         return None
-    place = _place(attn_mask)
+    finding = _finding(attn_mask, _place(attn_mask), tiles)
+    return None if finding is None else finding.boolean(attn_mask)
+
+
+def _finding(attn_mask: Tensor, place: Place, tiles: Tiles) -> _Finding | None:
+    """Whether a floating mask that is kept is as good as a boolean one; None if that can't be asked, or not yet."""
     finding = _find((*place, _Finding))
     if finding is None:
         before = _find((*place, tiles))
@@ -152,7 +162,7 @@ def as_boolean(attn_mask: Tensor, tiles: Tiles, keeps: bool | None = None) -> Te
             return None
         finding = _Finding(before.lists)
         _keep((*place, _Finding), attn_mask.untyped_storage(), finding)
-    return finding.boolean(attn_mask)
+    return finding
 
 
 def _may_be_kept(mask: Tensor, keeps: bool | None) -> bool:
@@ -160,7 +170,7 @@ def _may_be_kept(mask: Tensor, keeps: bool | None) -> bool:
     return in_eager_mode and not mask.is_inference() and not torch.cuda.is_current_stream_capturing()
 
 
-def _place(mask: Tensor) -> tuple:
+def _place(mask: Tensor) -> Place:
     """What a mask that is the same has the same."""
     storage = mask.untyped_storage()
     stream = private.current_stream(mask.get_device())
@@ -173,9 +183,8 @@ def _find(wanted: tuple) -> Any:
     return None if found is None or found[0].expired() else found[1]
 
 
-def _kept_or_made(mask: Tensor, what: object, make: Callable[[], Result]) -> Result:
+def _kept_or_made(mask: Tensor, wanted: tuple, make: Callable[[], Result]) -> Result:
     """What ``make`` gives for ``mask``, which is kept as long as the mask is the same, but for what is large."""
-    wanted = (*_place(mask), what)
     done = _find(wanted)
     if done is None:
         for key in [key for key, (owner, _) in list(_kept.items()) if owner.expired()]:
@@ -205,11 +214,12 @@ def forget() -> None:
 
 
 class _Latest(NamedTuple):
-    """The mask of the last call of a kind, and what it was found to be: as `Repeated` gives it."""
+    """The mask of the last call of a kind, and what `Repeated` gives for it."""
 
     owner: weakref.ref[Tensor]
-    version: int
+    storage: StorageWeakRef  # while this is held no other storage gets its address
     address: int
+    version: int
     stream: int
     found: Prepared | Tensor
 
@@ -223,7 +233,7 @@ class Repeated:
     `faster_if_boolean`: see `as_boolean`.
 
     The mask of the last call is known by the tensor object, which is what a model hands to all its layers: the search
-    for what is kept of any mask takes the host twice as long as the launch.
+    for what is kept of any mask, and views of it, take the host longer than the launch.
     """
 
     __slots__ = ("_tiles", "_load", "_keeps", "_packed", "_faster_if_boolean", "_device", "_name")
@@ -249,33 +259,35 @@ class Repeated:
             and latest.owner() is attn_mask
             and latest.version == attn_mask._version
             and latest.address == attn_mask.data_ptr()
+            and latest.storage.cdata == attn_mask.untyped_storage()._cdata
             and latest.stream == private.current_stream(self._device)
             and not torch.cuda.is_current_stream_capturing()
         ):
             return latest.found
-        mask, boolean = in_4d(attn_mask, self._packed), None
-        if self._faster_if_boolean:
-            boolean = as_boolean(mask, self._tiles, self._keeps)
-        found = prepared(mask, self._tiles, self._load, self._keeps) if boolean is None else boolean
-        if _may_be_kept(attn_mask, self._keeps) and (boolean is not None or self._is_final(mask)):
-            self._remember(attn_mask, found)
-        return found
-
-    def _is_final(self, mask: Tensor) -> bool:
-        """Whether what was prepared of a mask is kept, and there is no better to come."""
+        mask = in_4d(attn_mask, self._packed)
+        if not _may_be_kept(mask, self._keeps):
+            return _prepared(mask, None, self._tiles, self._load)
         place = _place(mask)
-        finding = _find((*place, _Finding)) if self._faster_if_boolean else None
-        is_settled = not self._faster_if_boolean or finding is not None and finding.is_settled
-        return is_settled and _find((*place, self._tiles)) is not None
+        finding = _finding(mask, place, self._tiles) if self._faster_if_boolean else None
+        boolean = None if finding is None else finding.boolean(mask)
+        if boolean is not None:
+            self._remember(attn_mask, place, _Finding, boolean)
+            return boolean
+        done = _prepared(mask, place, self._tiles, self._load)
+        if not self._faster_if_boolean or finding is not None and finding.is_settled:  # there is no better to come
+            self._remember(attn_mask, place, self._tiles, done)
+        return done
 
-    def _remember(self, attn_mask: Tensor, found: Prepared | Tensor) -> None:
-        name = self._name
+    def _remember(self, attn_mask: Tensor, place: Place, what: object, found: Prepared | Tensor) -> None:
+        """What was found, if it is kept."""
+        kept, name = _kept.get((*place, what)), self._name
+        if kept is None:
+            return
         if isinstance(found, Prepared) and found.bias is not None:  # a view would keep the mask itself alive
             found = found._replace(bias=found.bias.detach())
         _make_room(_latest)
         owner = weakref.ref(attn_mask, lambda _: _latest.pop(name, None))
-        stream = private.current_stream(self._device)
-        _latest[name] = _Latest(owner, attn_mask._version, attn_mask.data_ptr(), stream, found)
+        _latest[name] = _Latest(owner, kept[0], place[1], place[2], place[-1], found)
 
 
 def in_4d(attn_mask: Tensor, packed: int | None = None) -> Tensor:
