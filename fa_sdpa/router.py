@@ -276,12 +276,13 @@ def _left(
 
 
 def _left_in_all_modes(call: Call, codes: tuple[str, ...]) -> bool:
-    """Whether a call that is left to torch by these reasons is left by them, and perhaps by more, whatever the modes
-    and whether its tensors require gradients."""
-    for modes in itertools.product((False, True), repeat=2):
-        if modes != (call.needs_grad, call.deterministic):
-            other = decide_call(call._replace(needs_grad=modes[0], deterministic=modes[1]), act=False)
-            if other.routed or not {reason.code for reason in other.reasons} >= set(codes):
+    """Whether a call that is left to torch by these reasons is left by them, and perhaps by more, whatever the modes,
+    in a CUDA graph, too, and whether its tensors require gradients."""
+    for needs_grad, deterministic, captured in itertools.product((False, True), repeat=3):
+        other = call._replace(needs_grad=needs_grad, deterministic=deterministic, captured=captured)
+        if other != call:
+            decision = decide_call(other, act=False)
+            if decision.routed or not {reason.code for reason in decision.reasons} >= set(codes):
                 return False
     return True
 

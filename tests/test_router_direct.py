@@ -378,6 +378,20 @@ def test_a_call_that_is_left_is_known_by_query_and_value(masked):
     assert not alike.left(q, v, *mask) and not alike.same(q, k, v, *mask)
 
 
+def test_a_call_whose_training_is_routed_in_a_graph_is_asked_for_its_modes(monkeypatch):
+    def decide_call(call, **how):
+        routed = call.captured and call.needs_grad
+        return Decision("fa4" if routed else "native", (Reason("below_crossover", "a test"),))
+
+    monkeypatch.setattr(router, "decide_call", decide_call)
+    x = qkv(requires_grad=True)
+    with fa_sdpa.enable("always"), torch.no_grad():
+        for _ in range(3):
+            sdpa(*x)
+    alike = router._calls.latest
+    assert alike.left is None and alike.modes == (False, False)
+
+
 def test_a_call_that_torch_refuses_is_not_known_by_query_and_value():
     """One with the right key could be routed."""
     q, k, v = qkv(2, 4, 9, 8)
