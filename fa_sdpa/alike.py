@@ -26,7 +26,8 @@ class Alike:
         tick: counts one.
         modes: the modes of the process and thread that have to be as they were; None if they make no difference.
         unless: says, asked last, whether a call is another one after all, here and now.
-        left: asked instead of all that, about fewer tensors, where it is enough to know that a call is torch's.
+
+    ``left``, once it is set, is asked instead of all that, about fewer tensors: enough to know that a call is torch's.
     """
 
     __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "left", "next")
@@ -39,10 +40,9 @@ class Alike:
         tick: Callable[[], Any] = lambda: None,
         modes: tuple[Any, ...] | None = None,
         unless: Callable[[], bool] | None = None,
-        left: Callable[..., bool] | None = None,
     ) -> None:
         self.same, self.facts, self.run, self.tick, self.modes, self.unless = same, facts, run, tick, modes, unless
-        self.left = left
+        self.left: Callable[..., bool] | None = None
         self.next = self  # those that came after these the last time
 
     def forget(self) -> None:

@@ -581,7 +581,7 @@ def test_a_mask_that_may_be_as_good_as_boolean_is_not_known_before_that_is_settl
     answers.append("no")
     found = repeated(mask)
     assert isinstance(found, masks.Prepared) and repeated(mask) is not boolean
-    monkeypatch.setattr(masks, "as_boolean", None)  # is not asked again
+    monkeypatch.setattr(masks, "_finding", None)  # is not asked again
     assert repeated(mask).lists is found.lists
 
 
