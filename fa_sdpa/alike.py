@@ -24,13 +24,13 @@ class Alike:
         facts: all else that has to be equal.
         run: what serves such a call; None if that is torch.
         tick: counts one.
-        modes: the modes of the process and thread that have to be as they were; None if they make no difference.
+        modes: the modes of the process and thread that have to be as they were.
         unless: says, asked last, whether a call is another one after all, here and now.
-
-    ``left``, once it is set, is asked instead of all that, about fewer tensors: enough to know that a call is torch's.
+        by_query: the token under which the query alone tells that a call is one of these, and torch's, whatever comes
+            with it: then only that is asked for, and ``same`` is of one tensor. "" where all of the call matters.
     """
 
-    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "left", "next")
+    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "by_query", "next")
 
     def __init__(
         self,
@@ -38,16 +38,17 @@ class Alike:
         facts: tuple[Any, ...],
         run: Callable[..., Any] | None = None,
         tick: Callable[[], Any] = lambda: None,
-        modes: tuple[Any, ...] | None = None,
+        modes: tuple[Any, ...] = (),
         unless: Callable[[], bool] | None = None,
+        by_query: str = "",
     ) -> None:
         self.same, self.facts, self.run, self.tick, self.modes, self.unless = same, facts, run, tick, modes, unless
-        self.left: Callable[..., bool] | None = None
+        self.by_query = by_query
         self.next = self  # those that came after these the last time
 
     def forget(self) -> None:
         """No call is like these any more."""
-        self.same = self.left = never
+        self.same = never
 
 
 def never(*tensors: Tensor) -> bool:

@@ -120,6 +120,18 @@ def _crossover(
     return False, (_unmeasured(spec, direction, target, bool(found)), *refused)
 
 
+def left_by_query(query: torch.Size, codes: tuple[str, ...], target: Target, policy: Policy) -> bool:
+    """Whether all calls with a query (B, H, Sq, D) of this size are torch's by the reasons by which one was, of these
+    codes, whatever comes with the query: it is too small for every rule of its head dim, or there is none."""
+    if codes[0] in ("policy_never", "no_kernel_family"):
+        return True
+    if policy.mode != "auto" or codes[0] not in ("below_crossover", "not_measured", "not_qualified"):
+        return False
+    batch, heads, seqlen, head_dim = query
+    rules = [rule for table in policy.tables(target)[0] for rule in table.rules if rule.is_of(head_dim)]
+    return bool(rules) == (codes[0] == "below_crossover") and all(r.is_too_small(batch, heads, seqlen) for r in rules)
+
+
 def _by_length(spec: AttentionSpec, threshold: int) -> tuple[bool, Reason]:
     for name, seqlen in (("seqlen_q", spec.seqlen_q), ("seqlen_k", spec.seqlen_k)):
         if seqlen < threshold:

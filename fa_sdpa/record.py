@@ -23,6 +23,11 @@ def start() -> None:
     _calls = {}
 
 
+def is_on() -> bool:
+    """Whether a log is kept."""
+    return _calls is not None
+
+
 def note(where: str, call: Any) -> None:
     """Add a ``router.Call``, unless it is there already."""
     if _calls is None:

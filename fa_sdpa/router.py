@@ -9,7 +9,6 @@ are keyed by that graph, can't return the other state's code.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from .meta.shapes import is_dense, mask_fits
 from .meta.spec import AttentionSpec, Decision, Reason, mask_kind
 from .meta.target import Target
 from .ops import VERSION, attention
-from .policy import HOST_DECIDES, decide
+from .policy import HOST_DECIDES, decide, left_by_query
 from .state import OFF, current_token, policy_of, process, thread
 
 log = logging.getLogger("fa_sdpa")  # torch turns it on by the package's name: TORCH_LOGS=+fa_sdpa
@@ -119,19 +118,18 @@ def sdpa(
 ) -> Tensor:
     """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
     token = thread.token or process.token
-    if token != OFF:
-        alike = _calls.latest.next
-        # == _facts(token, …), but here the call of a function counts
-        foreseen = alike.facts == (token, attn_mask is None, dropout_p, is_causal, scale, enable_gqa)
-        if foreseen and alike.left is not None:
-            foreseen = alike.left(query, value) if attn_mask is None else alike.left(query, value, attn_mask)
-        else:
-            foreseen = (
-                foreseen
-                and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
-                and (alike.modes is None or alike.modes == (_is_grad_enabled(), _is_deterministic()))
-                and (alike.unless is None or not alike.unless())
-            )
+    alike = _calls.latest.next
+    if alike.by_query == token and alike.same(query):
+        _calls.latest = alike
+        alike.tick()
+    elif token != OFF:
+        foreseen = (
+            # == _facts(token, …), but here the call of a function counts
+            alike.facts == (token, attn_mask is None, dropout_p, is_causal, scale, enable_gqa)
+            and (alike.same(query, key, value) if attn_mask is None else alike.same(query, key, value, attn_mask))
+            and alike.modes == (_is_grad_enabled(), _is_deterministic())
+            and (alike.unless is None or not alike.unless())
+        )
         if foreseen and alike.run is None:
             _calls.latest = alike
             alike.tick()
@@ -223,6 +221,10 @@ def _looked_at(
     if alike is not None and (alike.unless is None or not alike.unless()) and (alike.run is None or _undisturbed()):
         alike.tick()
         return alike.run(*tensors) if alike.run else None
+    alike = _calls.find((token,), query) if strided else None
+    if alike is not None:
+        alike.tick()
+        return None
     call = Call(*_fields(token, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa))
     call = call._replace(captured=jit.capturing())
     keeps = strided and not call.captured
@@ -237,7 +239,7 @@ def _looked_at(
     counted.tick()
     if not counted.routed:
         if keeps and call in _decided:
-            _calls.keep(_left(call, counted, facts, modes, epoch, *tensors), epoch, *tensors, modes=modes)
+            _keep_left(call, counted, facts, modes, epoch, *tensors)
         return None
     out = _by_op(query, key, value, attn_mask, is_causal, scale)
     if keeps and out is not None and private.in_memory(*tensors) and _undisturbed() and private.nothing_changes_ops():
@@ -248,43 +250,24 @@ def _looked_at(
     return out
 
 
-def _left(
+def _keep_left(
     call: Call, counted: Tally, facts: tuple[Any, ...], modes: tuple[bool, bool], epoch: int, *tensors: Tensor
-) -> Alike:
-    """Calls like one that is torch's, but in a CUDA graph if the policy routes it there, where the host's time counts
-    for nothing. Its kernels are made ready now, as they cannot be in a capture."""
-    same = private.same_tensors(*tensors)
+) -> None:
+    """Keep calls like one that is torch's: by their query where that alone makes them so, as in a model that generates
+    text, whose keys are others with every token. But not while each call is to be told of."""
+    query, token = tensors[0], call.token
+    told = record.is_on() or log.isEnabledFor(logging.DEBUG)
+    if not told and left_by_query(call.query, counted.codes, Target.of(call.device), policy_of(token)):
+        alike = Alike(private.same_tensors(query), (token,), None, counted.tick, by_query=token)
+        _calls.keep(alike, epoch, query)
+        return
+    unless = None
     if counted.codes == ("below_crossover",) and decide_call(call._replace(captured=True)).routed:
-        return Alike(same, facts, None, counted.tick, modes, torch.cuda.is_current_stream_capturing)
-
-    def is_repeated(*tensors: Tensor) -> bool:
-        """Once such a call comes again it is worth to find out how little has to be asked of it."""
-        if not same(*tensors):
-            return False
-        alike.same = same
-        if _left_in_all_modes(call, counted.codes):
-            alike.modes = None
-            if not _against_shapes(call):
-                # With this query and value no key but one of this size could be routed: whatever comes, it is torch's.
-                alike.left = private.same_tensors(tensors[0], *tensors[2:])
-        if epoch != _calls.epoch:
-            alike.forget()
-        return True
-
-    alike = Alike(is_repeated, facts, None, counted.tick, modes)
-    return alike
-
-
-def _left_in_all_modes(call: Call, codes: tuple[str, ...]) -> bool:
-    """Whether a call that is left to torch by these reasons is left by them, and perhaps by more, whatever the modes,
-    in a CUDA graph, too, and whether its tensors require gradients."""
-    for needs_grad, deterministic, captured in itertools.product((False, True), repeat=3):
-        other = call._replace(needs_grad=needs_grad, deterministic=deterministic, captured=captured)
-        if other != call:
-            decision = decide_call(other, act=False)
-            if decision.routed or not {reason.code for reason in decision.reasons} >= set(codes):
-                return False
-    return True
+        # In a CUDA graph the policy routes it, where the host's time counts for nothing. Its kernels are made ready
+        # now, as they cannot be in a capture.
+        unless = torch.cuda.is_current_stream_capturing
+    alike = Alike(private.same_tensors(*tensors), facts, None, counted.tick, modes, unless)
+    _calls.keep(alike, epoch, *tensors, modes=modes)
 
 
 def _by_op(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from fa_sdpa.meta import crossover
 from fa_sdpa.meta.crossover import Crossover, Rule
 from fa_sdpa.meta.spec import AttentionSpec, Reason
 from fa_sdpa.meta.target import Target
-from fa_sdpa.policy import Policy, decide
+from fa_sdpa.policy import Policy, decide, left_by_query
 
 H100 = Target("cuda", 90, "NVIDIA H100 80GB HBM3", 132, 232448)
 CPU = Target("cpu", name="cpu")
@@ -63,6 +64,40 @@ def test_both_seqlens_must_reach_the_threshold(name):
 
 def test_decode_is_left_to_torch():
     assert codes(decide(LLAMA._replace(seqlen_q=1, is_causal=False), H100)) == ["below_crossover"]
+
+
+def test_what_is_left_by_its_query_is_left_whatever_comes_with_it():
+    """And a call of no length that was measured is; the shipped table's rules and thresholds."""
+    rng = random.Random(0)
+    all_left = 0
+    for _ in range(4000):
+        head_dim, seqlen_q = rng.choice((64, 64, 80, 128, 192, 256, 72)), rng.choice((1, 2, 15, 16, 30, 60, 127, 200))
+        kv = rng.choice((1, 17, 200, 1000, 8192))
+        spec = LLAMA._replace(
+            batch=rng.choice((1, 4, 64)),
+            seqlen_q=seqlen_q,
+            seqlen_k=kv,
+            head_dim=head_dim,
+            head_dim_v=rng.choice((head_dim, head_dim, 64)),
+            is_causal=rng.random() < 0.3,
+            needs_grad=rng.random() < 0.5,
+        )
+        if not spec.is_causal:
+            spec = spec._replace(mask=rng.choice(("none", "bool", "bf16")), dense_bias=False)
+        query = torch.Size((spec.batch, spec.num_heads, seqlen_q, head_dim))
+        left = left_by_query(query, ("below_crossover",), H100, Policy())
+        decision = decide(spec, H100, in_graph=rng.random() < 0.5)
+        assert not (left and decision.routed), spec
+        if seqlen_q == 1 and head_dim != 72:
+            assert left, spec
+        all_left += left
+        assert not left_by_query(query, ("below_crossover",), H100, Policy("always"))
+        assert left_by_query(query, ("not_measured",), H100, Policy()) == (head_dim == 72)
+        for target in (Target("cuda", 70, "V100"), Target("mps", name="mps")):
+            for mode in ("auto", "always"):
+                refused = tuple(codes(decide(spec, target, Policy(mode))))
+                assert left_by_query(query, refused, target, Policy(mode)), refused
+    assert 1000 < all_left < 3000
 
 
 @pytest.mark.parametrize("mask", ["bool", "bf16", "fp32"])

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import fa_sdpa
 from fa_sdpa import _torch_private as private
 from fa_sdpa import router, switch
+from fa_sdpa.meta.crossover import Crossover, Rule
 from fa_sdpa.meta.spec import Decision, Reason
+from fa_sdpa.policy import Policy
 
 ROOT = os.path.dirname(os.path.dirname(fa_sdpa.__file__))
 builtin_before = torch._C._nn.scaled_dot_product_attention
@@ -716,16 +718,17 @@ def test_explain_asks_for_details_and_calls_do_not(monkeypatch):
     assert asked[-1]
 
 
-def test_a_call_that_was_never_seen_is_decided_once(monkeypatch):
-    """Where that is torch's; as is every step of a decoder, with its longer key. One that repeats is decided once in
-    each mode, in and out of a CUDA graph."""
+@pytest.mark.parametrize(("shortest", "times"), [(None, 1), (24, 2), (1, 1)])
+def test_a_call_that_was_never_seen_is_decided_once(shortest, times, monkeypatch):
+    """But one that is too short in eager mode twice: once more for CUDA graphs."""
     asked, decide = [], router.decide
     monkeypatch.setattr(router, "decide", lambda *given, **how: asked.append(given[0]) or decide(*given, **how))
-    q, k = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 23, 8)
-    decided = []
-    with fa_sdpa.enable("auto"), torch.no_grad():
+    q, k = torch.randn(1, 2, 23, 8), torch.randn(1, 2, 23, 8)
+    rules = (Rule("forward", (8, 8), False, ((1, shortest),)),) if shortest else ()
+    other = Rule("forward", (8, 8), True, ((1, 1),))  # one that a query of this length reaches
+    fa_sdpa.reset_stats()
+    with fa_sdpa.enable(Policy("auto", Crossover(0, "a test", (*rules, other)))), torch.no_grad():
         for _ in range(4):
             F.scaled_dot_product_attention(q, k, k)
-            decided.append(len(asked))
-    assert decided == [1, 8, 8, 8]
-    assert len({(spec.needs_grad, spec.deterministic) for spec in asked}) == 4
+            assert len(asked) == times
+    assert fa_sdpa.stats().routed == (4 if shortest == 1 else 0)

@@ -15,9 +15,11 @@ from torch.utils.checkpoint import checkpoint
 import fa_sdpa
 from fa_sdpa import router
 from fa_sdpa.kernels import launch
+from fa_sdpa.meta.crossover import Crossover, Rule
 from fa_sdpa.meta.spec import Decision, Options, Reason
 from fa_sdpa.meta.target import Target
 from fa_sdpa.ops import attention
+from fa_sdpa.policy import Policy, decide
 
 H100 = Target("cuda", 90, "NVIDIA H100 80GB HBM3", 132, 232_448)
 sdpa = F.scaled_dot_product_attention
@@ -322,20 +324,16 @@ def test_a_nested_or_sparse_mask_is_torchs_to_refuse(layout, after_others):
     assert str(ours.value).splitlines()[0] == str(native.value).splitlines()[0]
 
 
-@pytest.mark.parametrize("matter", ["none", "in part", "all"])
+@pytest.mark.parametrize("matter", [False, True])
 def test_modes_that_decide_are_asked_for(matter, monkeypatch):
-    """Calls that only some modes leave to torch, and calls that all of them do, for the reasons that hold, or in some
-    modes for more."""
-
     def decide_call(call, **how):
-        codes = ["grad" if call.needs_grad else "neither"] if matter == "all" else ["any"]
-        codes += ["deterministic"] if call.deterministic else []
+        codes = ["grad" if call.needs_grad else "neither"] + ["deterministic"] * call.deterministic
         return Decision("native", tuple(Reason(code, "a test") for code in codes))
 
-    if matter != "none":
+    if matter:
         monkeypatch.setattr(router, "decide_call", decide_call)
     x = qkv(requires_grad=True)
-    options = {"dropout_p": 0.5} if matter == "none" else {}
+    options = {} if matter else {"dropout_p": 0.5}
     with fa_sdpa.enable("always"):
         for _ in range(3):
             for _ in range(2):
@@ -350,54 +348,96 @@ def test_modes_that_decide_are_asked_for(matter, monkeypatch):
                 finally:
                     torch.use_deterministic_algorithms(False)
         sdpa(*x, **options)
-        asked = router._calls.latest
-    expected = {"none": {"dropout": 19}, "in part": {"any": 19}, "all": {"grad": 7, "neither": 12, "deterministic": 6}}
-    assert fa_sdpa.stats().eager.reasons == expected[matter]
-    assert (asked.modes is None) == (asked.left is not None) == (matter != "all")
+    expected = {"grad": 7, "neither": 12, "deterministic": 6} if matter else {"dropout": 19}
+    assert fa_sdpa.stats().eager.reasons == expected
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_call_that_is_left_is_known_by_query_and_value(masked):
-    """Whatever key comes with them: the one that could be routed has the size that they ask for."""
-    q, k, v = qkv(2, 4, 9, 8)
-    mask = (torch.rand(9, 9) < 0.5,) if masked else ()
-    expected = sdpa(q, k, v, *mask)
-    with fa_sdpa.enable("never"):
-        for _ in range(3):
-            assert torch.equal(sdpa(q, k, v, *mask), expected)
-        alike = router._calls.latest
-        assert (
-            alike.left(q, v, *mask) and not alike.left(q, v[:, :, 1:], *mask) and not alike.left(q.double(), v, *mask)
-        )
+_LONG = Crossover(0, "a test", (Rule("forward", (8, 8), False, ((1, 18),)), Rule("training", (8, 8), True, ((1, 20),))))
+
+
+@pytest.mark.parametrize("policy", ["auto", "never", Policy("auto", _LONG)], ids=["auto", "never", "table"])
+def test_calls_whose_query_alone_makes_them_torchs_are_decided_once(policy, monkeypatch):
+    """As those of a model that generates text, which have one more key with every token."""
+    decided = []
+    monkeypatch.setattr(router, "decide", lambda *args, **how: (decided.append(args), decide(*args, **how))[1])
+    q = torch.randn(1, 4, 17, 8)
+    bias = torch.randn(17, 40)
+    with fa_sdpa.enable(policy):
+        for length in range(17, 40):
+            k, v = torch.randn(1, 4, length, 8), torch.randn(1, 4, length, 8, requires_grad=length % 2 == 0)
+            for _ in range(2):
+                out, masked = sdpa(q, k, v), sdpa(q, k, v, bias[:, :length])
+                out_causal, grouped = sdpa(q, k, v, is_causal=True), sdpa(q, k[:, :2], v[:, :2], enable_gqa=True)
+                scaled = sdpa(q, k, v, scale=0.5)
+            with fa_sdpa.disable():
+                assert torch.equal(out, sdpa(q, k, v)) and torch.equal(masked, sdpa(q, k, v, bias[:, :length]))
+                assert torch.equal(out_causal, sdpa(q, k, v, is_causal=True))
+                assert torch.equal(grouped, sdpa(q, k[:, :2], v[:, :2], enable_gqa=True))
+                assert torch.equal(scaled, sdpa(q, k, v, scale=0.5))
         with pytest.raises(RuntimeError):
-            sdpa(q, k.double(), v, *mask)
-        assert sdpa(q, k.clone().requires_grad_(), v, *mask).requires_grad
-        assert sdpa(q, k[:1], v, *mask).shape == q.shape  # torch broadcasts
-        assert router._calls.latest is alike and fa_sdpa.stats().eager == (0, 6, {"policy_never": 6})
-    router._calls.forget()
-    assert not alike.left(q, v, *mask) and not alike.same(q, k, v, *mask)
+            sdpa(q, k.double(), v)
+        code = {"auto": "not_measured", "never": "policy_never"}.get(policy, "below_crossover")
+        assert len(decided) == 1 and fa_sdpa.stats().eager == (0, 231, {code: 231})
+        for other in (
+            q.double(),
+            q[:, :, :16],
+            q.clone().requires_grad_(),
+            q.transpose(1, 2).contiguous().transpose(1, 2),
+        ):
+            sdpa(other, k.to(other.dtype), v.to(other.dtype))
+        assert len(decided) == 5
+        with fa_sdpa.enable("always"):
+            sdpa(q, k, v)
+        assert fa_sdpa.stats().routed == 1
+        router._calls.forget()
+        sdpa(q, k, v)
+        assert fa_sdpa.stats().native == 236
 
 
-def test_a_call_whose_training_is_routed_in_a_graph_is_asked_for_its_modes(monkeypatch):
-    def decide_call(call, **how):
-        routed = call.captured and call.needs_grad
-        return Decision("fa4" if routed else "native", (Reason("below_crossover", "a test"),))
+@pytest.mark.parametrize("told", ["log", "record"])
+def test_each_call_is_told_of_where_somebody_asks(told, monkeypatch, caplog):
+    if told == "record":
+        monkeypatch.setattr(router.record, "_calls", {})
+    else:
+        caplog.set_level("DEBUG", "fa_sdpa")
+        monkeypatch.setattr(router, "_said", set())
+    q, k, v = qkv(1, 4, 17, 8)
+    with fa_sdpa.enable("auto"):
+        for _ in range(2):
+            for length in range(10, 17):
+                sdpa(q, k[:, :, :length], v[:, :, :length])
+    if told == "record":
+        assert len(router.record._calls) == 7
+    else:
+        assert sum("1x4x17x8 1x4x" in message for message in caplog.messages) == 7
 
-    monkeypatch.setattr(router, "decide_call", decide_call)
-    x = qkv(requires_grad=True)
-    with fa_sdpa.enable("always"), torch.no_grad():
+
+def test_a_query_that_is_long_enough_for_some_calls_is_not_all_there_is_to_ask_for():
+    q, k, v = qkv(1, 4, 18, 8)
+    with fa_sdpa.enable(Policy("auto", _LONG)):
         for _ in range(3):
+            sdpa(q, k[:, :, :17], v[:, :, :17])
+            sdpa(q, k, v)
+            sdpa(q, k, v, is_causal=True)
+        assert fa_sdpa.stats().eager[:2] == (3, 6)
+
+
+def test_another_query_in_between_costs_no_decision(monkeypatch):
+    calls = [qkv(1, 4, 17, 8), qkv(1, 2, 17, 8), qkv(1, 4, 17, 8, requires_grad=True)]
+    with fa_sdpa.enable("auto"):
+        for x in calls:
             sdpa(*x)
-    alike = router._calls.latest
-    assert alike.left is None and alike.modes == (False, False)
+        monkeypatch.setattr(router, "decide_call", None)
+        for i in (0, 1, 2, 2, 1, 0, 2, 0, 0, 1, 1, 2):
+            sdpa(*calls[i])
+        assert fa_sdpa.stats().eager == (0, 15, {"not_measured": 15})
 
 
-def test_a_call_that_torch_refuses_is_not_known_by_query_and_value():
-    """One with the right key could be routed."""
+def test_a_call_that_torch_serves_and_fa4_can_not_is_not_known_by_its_query():
     q, k, v = qkv(2, 4, 9, 8)
     with fa_sdpa.enable("always"):
         for _ in range(3):
-            assert sdpa(q, k[:1], v).shape == q.shape
+            assert sdpa(q, k[:1], v).shape == q.shape  # torch broadcasts
         assert router._calls.latest.run is None
         sdpa(q, k, v)
         assert fa_sdpa.stats().eager.routed == 1

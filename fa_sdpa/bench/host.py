@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import statistics
 import threading
 import time
@@ -34,6 +35,9 @@ from ..state import token_of
 from . import provenance
 
 SHAPE = (1, 1, 16, 64)
+LAYERS = 32  # calls that a model makes for one token
+MOST_KEYS = 4096
+GENERATION = "SDPA, generating text"
 
 
 @contextlib.contextmanager
@@ -92,6 +96,25 @@ def backward_of(state: str, call: Callable[[], torch.Tensor], leaves: Sequence[t
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
+def generation(device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    """The calls of a model that generates text: one query, and keys and values of which each token adds one."""
+    size = SHAPE[0], SHAPE[1], MOST_KEYS, SHAPE[3]
+    q = torch.randn(*size[:2], 1, size[3], device=device, dtype=dtype)
+    keys, values = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
+    lengths = itertools.cycle(range(1, MOST_KEYS + 1))
+    calls = itertools.count()
+    k = v = keys
+
+    def call() -> torch.Tensor:
+        nonlocal k, v
+        if next(calls) % LAYERS == 0:
+            length = next(lengths)
+            k, v = keys[:, :, :length], values[:, :, :length]
+        return F.scaled_dot_product_attention(q, k, v)
+
+    return call
+
+
 def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int) -> list[dict[str, Any]]:
     """µs per call of SDPA, of its backward if ``grad``, and of another op, one row for each state."""
     q, k, v = (torch.randn(SHAPE, device=device, dtype=dtype, requires_grad=grad) for _ in range(3))
@@ -101,6 +124,10 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
     cases = [("SDPA", state, masked if "mask" in state else plain) for state in STATES]
     cases += [("SDPA, attn_mask", "plain torch", masked)]  # the same mask in every call, as in the layers of a model
     cases += [("add", state, other) for state in ("plain torch", "left to torch by policy")]
+    if not grad:
+        cases += [
+            (GENERATION, state, generation(device, dtype)) for state in ("plain torch", "left to torch by policy")
+        ]
     if grad:
         cases += [("backward", state, backward_of(state, plain, (q, k, v))) for state in ("plain torch", "routed")]
         cases += [
@@ -237,8 +264,9 @@ def targets(device: str, rows: list[dict[str, Any]], graph: dict[str, float]) ->
             ]
         table.append(("routed, in a compiled graph", "µs over torch", 8.0, 3.0, graph["over_torch_us"]))
     for row in rows:
-        if "left to torch" in row["state"] and row["call"] == "SDPA":
-            what = f"left to torch{', attn_mask' * ('mask' in row['state'])}{', gradients recorded' * row['grad']}"
+        if "left to torch" in row["state"] and row["call"] in ("SDPA", GENERATION):
+            what = f"left to torch{row['call'].removeprefix('SDPA')}{', attn_mask' * ('mask' in row['state'])}"
+            what += ", gradients recorded" * row["grad"]
             table.append((what, "µs over torch", 5.0, 3.0, row["over_torch_us"]))
     names = ("what", "unit", "must", "aim", "measured")
     return [dict(zip(names, row, strict=True)) for row in table]

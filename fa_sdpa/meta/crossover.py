@@ -220,13 +220,16 @@ class Rule(NamedTuple):
     measured: tuple[Measured, ...] = ()
     mask: Mask = "none"
 
+    def is_of(self, head_dim: int) -> bool:
+        """Whether it may cover calls with a query of this head dim."""
+        return self.head_dim[0] <= head_dim <= self.head_dim[1]
+
     def covers(self, direction: Direction, head_dim: int, head_dim_v: int, is_causal: bool, mask: Mask) -> bool:
-        low, high = self.head_dim
         low_v, high_v = self.head_dim_v or self.head_dim
         return (
             self.direction == direction
             and self.is_causal == is_causal
-            and low <= head_dim <= high
+            and self.is_of(head_dim)
             and low_v <= head_dim_v <= high_v
             and self.mask == mask
         )
@@ -266,6 +269,12 @@ class Rule(NamedTuple):
             if batch >= at_least:
                 seqlen = length
         return seqlen
+
+    def is_too_small(self, batch: int, heads: int, seqlen_q: int) -> bool:
+        """Whether it leaves all calls with a query of this size to torch."""
+        if self.fa4 is None:
+            return seqlen_q < self.threshold(batch)
+        return seqlen_q < self.least[0] or batch * heads * seqlen_q < self.least[2]
 
     def shortest(self, spec: AttentionSpec, num_sms: int, cuts_of: CutsOf) -> int | None:
         """The length from which on self-attention like ``spec`` is predicted to be faster at every length; None if
