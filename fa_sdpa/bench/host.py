@@ -3,10 +3,10 @@
     python -m fa_sdpa bench host [--device cuda] [--json benchmarks/results/host_overhead_cpu.json]
 
 The states take turns in short rounds, so that a busy machine slows all of them alike. What a state costs over plain
-torch is the difference between their fastest rounds; the medians are shown to tell how busy the machine was. On CUDA
-the queue is drained between rounds, so that only the host's time is seen. Then the steps of a routed call one by one,
-and a call in a compiled graph beside torch's op there. Fails if a target is missed: on a CPU, where the computation
-counts too, only that of calls that are left to torch is asked for.
+torch is the difference between their fastest quarters of a round; the medians are shown to tell how busy the machine
+was. On CUDA the queue is drained in between, so that only the host's time is seen. Then the steps of a routed call one
+by one, and a call in a compiled graph beside torch's op there. Fails if a target is missed: on a CPU, where the
+computation counts too, only that of calls that are left to torch is asked for.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from ..state import token_of
 from . import provenance
 
 SHAPE = (1, 1, 16, 64)
-LAYERS = 32  # calls that a model makes for one token
-MOST_KEYS = 4096
+PARTS = 4  # of a round, timed one by one: the shorter, the sooner one is not disturbed
+LAYERS = 24  # calls that a model makes for one token; fewer than a part has, so that each has a new length
+LENGTHS = 64
 GENERATION = "SDPA, generating text"
 
 
@@ -98,20 +99,27 @@ def backward_of(state: str, call: Callable[[], torch.Tensor], leaves: Sequence[t
 
 def generation(device: str, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     """The calls of a model that generates text: one query, and keys and values of which each token adds one."""
-    size = SHAPE[0], SHAPE[1], MOST_KEYS, SHAPE[3]
+    size = SHAPE[0], SHAPE[1], LENGTHS, SHAPE[3]
     q = torch.randn(*size[:2], 1, size[3], device=device, dtype=dtype)
     keys, values = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
-    lengths = itertools.cycle(range(1, MOST_KEYS + 1))
-    calls = itertools.count()
     k = v = keys
 
-    def call() -> torch.Tensor:
+    def tokens() -> Iterator[None]:
         nonlocal k, v
-        if next(calls) % LAYERS == 0:
-            length = next(lengths)
-            k, v = keys[:, :, :length], values[:, :, :length]
+        while True:
+            router._forget_decisions()  # to the router the lengths are new, as to a model's
+            for length in range(1, LENGTHS + 1):
+                k, v = keys[:, :, :length], values[:, :, :length]
+                yield from itertools.repeat(None, LAYERS)
+
+    following = tokens()
+
+    def call() -> torch.Tensor:
+        next(following)
         return F.scaled_dot_product_attention(q, k, v)
 
+    for _ in range(LENGTHS * LAYERS):
+        call()  # cuDNN plans for each length when it first comes, 40 ms
     return call
 
 
@@ -139,9 +147,9 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
         for name, state, call in cases:
             with STATES[state]():
                 time_call(call, calls // 10, device)
-                us = time_call(call, calls, device)
+                took = [time_call(call, calls // PARTS, device) for _ in range(PARTS)]
             if turn:  # the first one warms up
-                times[name, state].append(us)
+                times[name, state] += took
     rows = []
     for (name, state), took in times.items():
         base = times[f"{name}, attn_mask" if "mask" in state else name, "plain torch"]
