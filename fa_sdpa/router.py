@@ -112,11 +112,11 @@ def sdpa(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here."""
+    """SDPA's kernel while routing is on. Calls that stay with torch pay for every line they pass here, and would for
+    parameters that only go by keyword."""
     token = thread.token or process.token
     alike = _calls.latest.next
     if alike.by_query == token and alike.same(query):

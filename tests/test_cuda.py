@@ -315,7 +315,7 @@ def test_cuda_graph_capture_and_side_stream():
 
 
 def test_auto_follows_the_crossover_table():
-    with fa_sdpa.enable(), torch.no_grad():
+    with fa_sdpa.enable(fa_sdpa.Policy("auto", jit="block")), torch.no_grad():
         for sq, backend in ((8, "native"), (4096, "fa4")):
             decision = fa_sdpa.explain(*inputs(heads=16, heads_kv=16, sq=sq, sk=sq, d=128))
             assert decision.backend == backend, str(decision)

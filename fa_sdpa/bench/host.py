@@ -3,7 +3,7 @@
     python -m fa_sdpa bench host [--device cuda] [--json benchmarks/results/host_overhead_cpu.json]
 
 The states take turns in short rounds, so that a busy machine slows all of them alike. What a state costs over plain
-torch is the difference between their fastest quarters of a round; the medians are shown to tell how busy the machine
+torch is the difference between their fastest tenths of a round; the medians are shown to tell how busy the machine
 was. On CUDA the queue is drained in between, so that only the host's time is seen. Then the steps of a routed call one
 by one, and a call in a compiled graph beside torch's op there. Fails if a target is missed: on a CPU, where the
 computation counts too, only that of calls that are left to torch is asked for.
@@ -35,8 +35,8 @@ from ..state import token_of
 from . import provenance
 
 SHAPE = (1, 1, 16, 64)
-PARTS = 4  # of a round, timed one by one: the shorter, the sooner one is not disturbed
-LAYERS = 24  # calls that a model makes for one token; fewer than a part has, so that each has a new length
+PARTS = 10  # of a round, timed one by one: the shorter, the sooner one is not disturbed
+LAYERS = 8  # calls that a model makes for one token; fewer than a part has, so that each has a new length
 LENGTHS = 64
 GENERATION = "SDPA, generating text"
 
