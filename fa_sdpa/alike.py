@@ -2,7 +2,8 @@
 
 Whether two calls are alike takes one C++ call for their tensors (``private.same_tensors``) and one comparison for the
 rest. Which call to compare with is guessed: the one that came after this one the last time, since a model makes its
-calls in the same order again and again. A wrong guess costs a dictionary lookup.
+calls in the same order again and again. After a wrong guess the one that came the time before is tried, as where layers
+of one kind end and those of another begin; a second wrong guess costs a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Alike:
             with it: then only that is asked for, and ``same`` is of one tensor. "" where all of the call matters.
     """
 
-    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "by_query", "next")
+    __slots__ = ("same", "facts", "run", "tick", "modes", "unless", "by_query", "next", "other")
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class Alike:
         self.same, self.facts, self.run, self.tick, self.modes, self.unless = same, facts, run, tick, modes, unless
         self.by_query = by_query
         self.next = self  # those that came after these the last time
+        self.other = self  # and those that did before that
 
     def forget(self) -> None:
         """No call is like these any more."""
@@ -75,12 +77,17 @@ class Memory:
         self.latest = Alike(never, ())
 
     def find(self, facts: tuple[Any, ...], *tensors: Tensor, modes: tuple[Any, ...] = ()) -> Alike | None:
-        """Those like a call with these plain strided tensors, hashable facts and modes, if one of them was kept."""
-        found = self._kept.get(_key((*facts, *modes), tensors))
-        if found is None or not found.same(*tensors):
+        """Those like a call with these plain strided tensors, hashable facts, by which calls with more or fewer tensors
+        are told apart, and modes, if one of them was kept."""
+        found = self.latest.other
+        if found.facts == facts and found.modes == modes and found.same(*tensors):
+            self._follow(found)
+            return found
+        known = self._kept.get(_key((*facts, *modes), tensors))
+        if known is None or not known.same(*tensors):
             return None
-        self.latest.next = self.latest = found
-        return found
+        self._follow(known)
+        return known
 
     def keep(self, alike: Alike, epoch: int, *tensors: Tensor, modes: tuple[Any, ...] = ()) -> None:
         """Keep a call that was made in these modes, and find those that are like it from now on, unless all that was
@@ -90,10 +97,16 @@ class Memory:
             epoch = self.epoch
         key = _key((*alike.facts, *modes), tensors)
         self._kept[key] = alike
-        self.latest.next = self.latest = alike
+        self._follow(alike)
         if epoch != self.epoch:  # looked at last: what is put in after the epoch changed may have been missed there
             alike.forget()
             self._kept.pop(key, None)
+
+    def _follow(self, alike: Alike) -> None:
+        """After the latest call came this one, which was not the first guess."""
+        latest = self.latest
+        latest.other, latest.next = latest.next, alike
+        self.latest = alike
 
     def forget(self) -> None:
         """Forget every call, in all threads."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fa_sdpa import _torch_private as private
+from fa_sdpa import alike as alike_module
 from fa_sdpa.alike import Alike, Memory
 
 
@@ -36,6 +37,37 @@ def test_calls_are_found_and_guessed():
     assert memory.find(("a",), *small) is a
     assert memory.latest.next is b  # what came after a
     assert guessed(memory, *large) is b and guessed(memory, *small) is None
+
+
+def test_the_second_guess_is_what_came_the_time_before(monkeypatch):
+    """As where a model has layers of one kind and then those of another: no key is made of any call."""
+    memory = Memory()
+    tensors = {"a": pair(), "b": pair(5)}
+    made = [kept(memory, (name,), *tensors[name]) for name in "ab"]
+    calls = [call for name, alike in zip("ab", made, strict=True) for call in [(name, alike)] * 4]
+    guesses = []
+
+    def call(name, alike):
+        guess = memory.latest.next
+        if guess.facts == (name,) and guess.same(*tensors[name]):
+            memory.latest = guess
+            guesses.append(1)
+        else:
+            assert memory.find((name,), *tensors[name]) is alike
+            guesses.append(2)
+
+    for _ in range(3):
+        for one in calls:
+            call(*one)
+    guesses.clear()
+    monkeypatch.setattr(alike_module, "_key", None)
+    for _ in range(3):
+        for one in calls:
+            call(*one)
+    assert guesses == [2, 2, 1, 1] * 6
+    monkeypatch.undo()
+    memory.forget()
+    assert all(memory.find((name,), *tensors[name]) is None for name in "ab")
 
 
 def test_like_is_like():
