@@ -6,7 +6,7 @@
 ``--list-keys`` prints the kernels that a bundle must hold to run the same command line where there is no compiler.
 
 Numerics: mask_cases.py has the rule, mask_backward_cases.py that of the backward. A failing case ends the run with
-status 1 before anything is timed.
+status 1 before anything is timed. ``--jobs 6`` shares the cases among six processes, with seeds of their own.
 
 Speed: random bf16 data, (B, S, H, D) memory seen as (B, H, S, D), 16,384 tokens, 2048 // d heads; contenders take turns
 as in sm90_forward.py, and each round is do_bench's median (L2 flushed before each call). TFLOP/s from all flops,
@@ -24,9 +24,13 @@ crossover table.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import json
 import math
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,11 +237,49 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def gate_in_processes(cases: int, seed: int, jobs: int, training: bool) -> dict[str, Any]:
+    """What ``gate`` finds in so many processes, which have the seeds from ``seed`` on. One that ends without a result
+    is a failure with its last words."""
+    what = [sys.executable, __file__, "--no-cells", "--cases", str(cases // jobs), *["--training"] * training]
+
+    def run(job: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "numerics.json"
+            done = subprocess.run(
+                [*what, "--seed", str(seed + job), "--out", str(path)], capture_output=True, text=True, check=False
+            )
+            if path.exists():
+                return json.loads(path.read_text())["numerics"]
+        said = (done.stdout + done.stderr)[-2000:]
+        return {"cases": 0, "failed": 1, "failures": [{"seed": seed + job, "message": f"{done.returncode}: {said}"}]}
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return joined(list(pool.map(run, range(jobs))))
+
+
+def joined(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What several gates found, as one."""
+    done = [one for one in found if one["cases"]]
+    cases = sum(one["cases"] for one in done)
+    failures = [{"seed": one.get("seed"), **failure} for one in found for failure in one.get("failures", ())]
+    return {
+        "rule": done[0]["rule"] if done else None,
+        "cases": cases,
+        "seeds": [one["seed"] for one in done],
+        "failed": sum(one["failed"] for one in found),
+        "worst_error_over_bound": max((one["worst_error_over_bound"] for one in done), default=None),
+        "mean_error_over_bound": sum(one["mean_error_over_bound"] * one["cases"] for one in done) / max(cases, 1),
+        "worst_lse_error": max((one["worst_lse_error"] for one in done), default=None),
+        **({"failures": failures} if failures else {}),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--cases", type=int, default=600, help="random numerics cases; 0 skips the gate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the numerics cases")
     parser.add_argument("--training", action="store_true", help="forward and backward")
     parser.add_argument("--no-cells", action="store_true", help="time nothing")
     parser.add_argument("--masks", nargs="*", default=list(MASKS), choices=MASKS, help="whose cells are timed")
@@ -247,13 +289,16 @@ def main() -> None:
     draw, judged = (random_backward_case, check_backward) if args.training else (random_masked_case, check)
     cells = cells_of(args.masks, args.training)
     if args.list_keys:
-        cases = [draw(args.seed, index) for index in range(args.cases)]
+        seeds = range(args.seed, args.seed + args.jobs)
+        cases = [draw(seed, index) for seed in seeds for index in range(args.cases // args.jobs)]
         calls = [*((masked.case, masked.dtype) for masked in cases), *((cell.case, MASKS[cell.mask]) for cell in cells)]
         plain = {key for cell in cells for key in launch.keys(spec_of(cell.case, None, args.training), H100)}
         keys = [*keys_of(calls, needs_grad=args.training), *sorted(plain, key=lambda key: key.name)]
         return print("\n".join(key.name for key in keys))
     about: dict[str, Any] = {"numerics": None}
-    if args.cases:
+    if args.cases and args.jobs > 1:
+        about["numerics"] = gate_in_processes(args.cases, args.seed, args.jobs, args.training)
+    elif args.cases:
         about["numerics"] = gate(
             args.cases, args.seed, draw=draw, judge=judged, rule=RULE if args.training else FORWARD_RULE
         )

@@ -93,6 +93,30 @@ def test_cells_of_masks_are_those_that_run_and_long_ones_are_summed_up():
     assert sm90_masks.summary(rows) == {"bias": {"geomean": 4.0, "minimum": 2.0}}
 
 
+def test_what_several_processes_found_is_one_finding(monkeypatch):
+    one = {
+        "rule": "a rule",
+        "cases": 30,
+        "seed": 4,
+        "failed": 0,
+        "worst_error_over_bound": 0.5,
+        "mean_error_over_bound": 0.25,
+        "worst_lse_error": 1e-6,
+    }
+    failing = {**one, "cases": 10, "seed": 5, "failed": 1, "worst_error_over_bound": 2.0, "mean_error_over_bound": 0.75}
+    failing["failures"] = [{"index": 9, "case": "it", "message": "off"}]
+    dead = {"cases": 0, "failed": 1, "failures": [{"seed": 6, "message": "1: out of memory"}]}
+    both = sm90_masks.joined([one, failing, dead])
+    assert (both["cases"], both["failed"], both["seeds"]) == (40, 2, [4, 5])
+    assert both["worst_error_over_bound"] == 2.0 and both["mean_error_over_bound"] == 0.375
+    assert [failure["seed"] for failure in both["failures"]] == [5, 6]
+    assert "failures" not in sm90_masks.joined([one, one])
+    assert sm90_masks.joined([dead])["failed"] == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that no case can run
+    ended = sm90_masks.gate_in_processes(4, 0, 2, training=True)
+    assert ended["failed"] == 2 and ended["cases"] == 0 and "CUDA" in ended["failures"][0]["message"]
+
+
 def test_random_cases_are_drawn_again_alike_and_cover_what_the_forward_takes():
     cases = [random_case(0, index, BREADTH) for index in range(5000)]
     assert cases[123] == random_case(0, 123, BREADTH) != random_case(1, 123, BREADTH)
