@@ -11,8 +11,7 @@ mask_cases.py).
 
 Memory that is allocated is filled with NaN, and so are, in every other case, keys and values that no row sees. dK and
 dV of a second run, with the mask that was kept, must be the same, and of a third one, when the device has said whether
-a floating mask hides keys and no more. If it does, that one may be run as with a boolean mask, and is judged like the
-first.
+a floating mask hides keys and no more. Where it does, and a boolean mask is faster, that one is judged like the first.
 """
 
 from __future__ import annotations
@@ -101,13 +100,16 @@ def check_backward(masked: MaskedCase, seed: int = 0, index: int = 0) -> Outcome
         again = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
         torch.cuda.synchronize()
         settled = launch.attention_bwd(dout, query, key, value, out, lse, options, mask)
+        as_boolean = launch._backward_launch_of(query, key, value, options, mask).as_boolean(mask) is not None
     if memory.count < 10:
         raise AssertionError(f"{memory.count} tensors allocated: some memory of a launch is not filled with NaN")
     outcome = judge_masked(masked, grads, lse, clean, sink, mask, dout, tensors)
-    if not outcome.message and mask.dtype is not torch.bool and not _same(grads, settled):
-        outcome = judge_masked(masked, settled, lse, clean, sink, mask, dout, tensors)
-        grads = settled if _same(again, settled) else grads  # the device may have said so before
-    if not outcome.message and not (_same(grads, again) and (mask.dtype is not torch.bool or _same(grads, settled))):
+    if as_boolean and not outcome.message:
+        other = judge_masked(masked, settled, lse, clean, sink, mask, dout, tensors)
+        if other.message or other.error * outcome.bound > outcome.error * other.bound:
+            outcome = other
+    allowed = (grads, settled) if as_boolean else (grads,)  # the device may have said so before the second run
+    if not outcome.message and not all(any(_same(run, one) for one in allowed) for run in (again, settled)):
         return outcome._replace(message="another run with the mask that was kept gave another dK or dV")
     return outcome
 

@@ -286,6 +286,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="what to compare with")
     parser.add_argument("--list-keys", action="store_true", help="only print the names of the kernels")
     args = parser.parse_args()
+    if args.cases % args.jobs:
+        parser.error("--jobs must divide --cases")
     draw, judged = (random_backward_case, check_backward) if args.training else (random_masked_case, check)
     cells = cells_of(args.masks, args.training)
     if args.list_keys:

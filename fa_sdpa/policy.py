@@ -122,7 +122,8 @@ def _crossover(
 
 def left_by_query(query: torch.Size, codes: tuple[str, ...], target: Target, policy: Policy) -> bool:
     """Whether all calls with a query (B, H, Sq, D) of this size are torch's by the reasons by which one was, of these
-    codes, whatever comes with the query: it is too small for every rule of its head dim, or there is none."""
+    codes, whatever comes with the query: it is too small for every rule of its head dim, or there is none; or policy or
+    device leave every call."""
     if codes[0] in ("policy_never", "no_kernel_family"):
         return True
     if policy.mode != "auto" or codes[0] not in ("below_crossover", "not_measured", "not_qualified"):

@@ -132,15 +132,15 @@ def measure(device: str, dtype: torch.dtype, grad: bool, rounds: int, calls: int
     cases = [("SDPA", state, masked if "mask" in state else plain) for state in STATES]
     cases += [("SDPA, attn_mask", "plain torch", masked)]  # the same mask in every call, as in the layers of a model
     cases += [("add", state, other) for state in ("plain torch", "left to torch by policy")]
-    if not grad:
-        cases += [
-            (GENERATION, state, generation(device, dtype)) for state in ("plain torch", "left to torch by policy")
-        ]
     if grad:
         cases += [("backward", state, backward_of(state, plain, (q, k, v))) for state in ("plain torch", "routed")]
         cases += [
             (name, state, backward_of(state, masked, (q, k, v)))
             for name, state in (("backward, attn_mask", "plain torch"), ("backward", "routed, attn_mask"))
+        ]
+    else:
+        cases += [
+            (GENERATION, state, generation(device, dtype)) for state in ("plain torch", "left to torch by policy")
         ]
     times: dict[tuple[str, str], list[float]] = {case[:2]: [] for case in cases}
     for turn in range(rounds + 1):
