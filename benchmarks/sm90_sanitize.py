@@ -13,8 +13,7 @@ Only our kernels are looked at. Inputs are drawn on the CPU and copied, so that 
 looking at any kernel of torch's, and the reference is computed on the CPU; so are out and lse that the backward gets.
 initcheck sees plain loads and stores, but neither what TMA loads nor what it stores: it must report a control, a sink
 that nobody wrote, for the backward an lse, and it does not check copies to the CPU, where it took every output for
-uninitialised, with a backtrace for each run of bytes. Of a backward it looks at the main kernel alone: what add_parts
-reads, TMA has stored.
+uninitialised, with a backtrace for each run of bytes.
 
 racecheck takes a bulk copy that is not a tensor's for a write of the thread that issues it, and of the threads that
 free a stage for it knows those alone that arrive at the mbarrier themselves: not the other lanes of a warp, of which
@@ -470,10 +469,9 @@ def sanitize(tool: str, direction: str, timeout: int, jobs: int, every_lane: Pat
     what = ["--run-cases", "--directions", direction, "--part"]
     of_lanes = every_lane if tool == "racecheck" and direction.endswith("backward") else None
     kernels = {"FA_SDPA_BUNDLE": str(of_lanes)} if of_lanes else {}
-    names = "kernel_cutlass_kernel" if tool == "initcheck" and direction.endswith("backward") else "kernel_cutlass"
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         runs = list(
-            pool.map(lambda part: run_under(tool, [*what, str(part), str(jobs)], timeout, names, kernels), range(jobs))
+            pool.map(lambda part: run_under(tool, [*what, str(part), str(jobs)], timeout, kernels), range(jobs))
         )
     finished = [int(number) for _, output in runs for number in re.findall(r"cases: (\d+)", output)]
     slowest = [(float(s), case) for _, output in runs for s, case in re.findall(r"slowest: ([\d.]+) s, (.*)", output)]
@@ -493,7 +491,7 @@ def sanitize(tool: str, direction: str, timeout: int, jobs: int, every_lane: Pat
     if not result["clean"]:
         result["output"] = "\n".join(output[: 4000 // jobs] for status, output in runs if status)
     if tool == "initcheck":
-        _, output = run_under(tool, ["--run-control", "--directions", direction], timeout, names)
+        _, output = run_under(tool, ["--run-control", "--directions", direction], timeout)
         reports = re.findall(r"Uninitialized __global__ memory read", output)
         result["control"] = f"{len(reports)} reports of what nobody wrote"
         result["clean"] = result["clean"] and bool(reports)
@@ -524,12 +522,9 @@ def racecheck_control(timeout: int) -> str:
     return f"a pipeline of bulk copies by the book, to whose mbarrier arrive {'; '.join(said)}"
 
 
-def run_under(
-    tool: str, what: Sequence[str], timeout: int, names: str, kernels: Mapping[str, str] = {}
-) -> tuple[int, str]:
-    """Exit status (124: it did not end in time) and output of this file under a tool, which looks at kernels with
-    ``names`` in their name."""
-    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", f"kns={names}", "--error-exitcode", "9"]
+def run_under(tool: str, what: Sequence[str], timeout: int, kernels: Mapping[str, str] = {}) -> tuple[int, str]:
+    """Exit status (124: it did not end in time) and output of this file under a tool."""
+    command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kns=kernel_cutlass", "--error-exitcode", "9"]
     if tool == "initcheck":  # it does not see what TMA writes, and would report every copy of an output to the CPU
         command += ["--check-api-memory-access", "no"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "OMP_NUM_THREADS": "4", **kernels}
